@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.batch import Batch as Batch
     from rlhf_core.contracts.completion import Completion as Completion
     from rlhf_core.contracts.merger import Merger as Merger
+    from rlhf_core.contracts.result import TrainResult as TrainResult
     from rlhf_core.contracts.reward import RewardFn as RewardFn
     from rlhf_core.contracts.reward import Sample as Sample
     from rlhf_core.contracts.sampler import Sampler as Sampler
@@ -91,6 +92,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.registry.plugin_logs": "setup_logging",
         "rlhf_core.contracts.completion": "Completion",
         "rlhf_core.contracts.merger": "Merger",
+        "rlhf_core.contracts.result": "TrainResult",
         "rlhf_core.contracts.reward": "RewardFn Sample",
         "rlhf_core.contracts.sampler": "Sampler",
         "rlhf_core.contracts.trainer": "Loss Trainer",

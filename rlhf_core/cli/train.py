@@ -88,6 +88,7 @@ def train(
     if resume and "output" not in job.places:
         raise _nothing_to_resume()
     from rlhf_core.registry.plugin_logs import setup_logging
+    from rlhf_core.training.run import run
 
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank=rank)
@@ -96,7 +97,7 @@ def train(
     trainer = job.trainer(command=shlex.join(["rlhf", *sys.argv[1:]]))
     allowed = [name.strip() for names in allow_change or [] for name in names.split(",") if name.strip()]
     try:
-        result = trainer.train(resume=resume, overwrite=overwrite, allow_change=allowed)
+        result = run(trainer, resume=resume, overwrite=overwrite, allow_change=allowed)
     except KeyboardInterrupt as error:
         # typer would exit without the notes, which say what the run has saved.
         interrupted = Interrupted("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", [])]))
@@ -262,25 +263,10 @@ def _place(name: str) -> str:
 
 def _report(result: TrainResult, *, as_json: bool) -> None:
     """Print the result of a run."""
-    from rlhf_core.training.logger import is_timing
-    from rlhf_core.training.metric_text import evaluation_line, step_figures
+    from rlhf_core.training.run_summary import summary_lines
 
-    values: dict[str, Any] = {**vars(result)}
     if as_json:
-        return print_json(values)
-    if result.stopped_early:
-        print_text(f"stopped early: {result.stopped_because}")
-    print(f"{values['status']}: {result.step} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
-    if result.metrics:
-        numbers = {name: value for name, value in result.metrics.items() if name != "step" and not is_timing(name)}
-        print_text("last step: " + ", ".join(step_figures(numbers)))
-    if result.eval_metrics:
-        print_text("evaluation: " + evaluation_line(result.eval_metrics).replace("  ", ", "))
-    if result.best_value is not None:
-        print_text(f"best: `{result.best_metric}` {result.best_value:.6g} at step {result.best_step}")
-    if result.model_dir is not None:
-        of = "" if result.model_step in (None, result.step) else f" (of step {result.model_step}, the best)"
-        print(f"model: {result.model_dir}{of}")
-    if result.output is not None:
-        print(f"run: {result.output}")
+        return print_json(vars(result))
+    for line in summary_lines(result):
+        print_text(line)
     return None

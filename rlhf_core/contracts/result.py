@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -36,4 +37,5 @@ class TrainResult:
     """Its value at `best_step`; None where it was never finite."""
     model_step: int | None = None
     """The step whose weights `model_dir` holds and the trainer's models have."""
-    status: str = "done"
+    status: Literal["done"] = "done"
+    """A run that ends otherwise raises an error."""

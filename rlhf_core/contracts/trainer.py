@@ -10,10 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, Unpack
 
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.training import ReferenceConfig, TrainerConfig, TrainingStage
+from rlhf_core.contracts.callbacks import Callbacks, check_callbacks
+from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from rlhf_core.training.loader import Loader
 
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
+_ARGUMENTS = ("config", "model", "data", "eval_data", "output", "rewards", "tokenizer")
+"""What a trainer is given besides callbacks."""
 
 
 Pair = tuple["Tensor | float", "Tensor | float"]
@@ -110,6 +114,8 @@ class Trainer(ABC, Generic[ConfigT]):
     """Its models by role, once `build` has run. One optimiser serves the trained ones."""
     reference: Reference
     """The policy as it was passed in; set where `build` returns one."""
+    callbacks: Callbacks
+    """The functions that it was given, by name."""
     run_inputs: Mapping[str, Any] | None = None
     """Where the run comes from, set by the command line for the run directory: `config_input` (the file's text, or None)
     and `command` (as one shell line), both with secrets redacted, and `plugin` (its `Plugin.as_dict()`). None from Python."""
@@ -118,27 +124,37 @@ class Trainer(ABC, Generic[ConfigT]):
         self,
         config: ConfigT | None = None,
         *,
-        model: str | Path | PolicyModel,
+        model: str | Path | PolicyModel | Any,
         data: Any,
         eval_data: Any = None,
         output: str | Path | None = None,
         rewards: Sequence[Any] | None = None,
+        tokenizer: Any = None,
+        **callbacks: Unpack[Callbacks],
     ) -> None:
         """Take what to train and on what; nothing is loaded or read before `train`.
 
         Args:
             config: options of the method; its defaults where None.
-            model: a path, a hub name, or a loaded model.
+            model: a path or hub name; a loaded model, such as a `PolicyModel`; or a transformers model with its `tokenizer` (or
+                the pair of them), which is trained in place: its own modules have the trained weights afterwards.
             data: rows of the record type `record`: a path, several paths, a hub name, a `datasets` object, or a list of rows.
             eval_data: rows held out, scored during training.
             output: the run directory. None keeps nothing on disk, so such a run can't be resumed.
             rewards: of a method that learns from rewards, in place of `config.rewards`: functions, `RewardFn` objects, names, or
                 `RewardConfig`; a pair `(reward, weight)` gives one a weight.
+            tokenizer: of a transformers model; every other `model` brings its own.
+            callbacks: functions that are called at events of the run, by name: `on_step`, `on_evaluate` … (`Callbacks`).
 
         A leading `~` in a path is the home directory.
+
+        Raises:
+            ConfigError: a transformers model without a tokenizer, or a callback that can't be called.
         """
+        check_callbacks(callbacks, type(self).__name__, _ARGUMENTS)
+        self.callbacks = callbacks
         self.config = config if config is not None else self.Config()  # type: ignore[assignment]
-        self.model, self.data, self.eval_data = model, data, eval_data
+        self.model, self.data, self.eval_data = _with_tokenizer(model, tokenizer), data, eval_data
         self.output = Path(output).expanduser() if output is not None else None
         self.rewards = rewards
 
@@ -237,14 +253,44 @@ class Trainer(ABC, Generic[ConfigT]):
         if state:
             raise NotImplementedError(f"{type(self).__name__} saves state but does not load it")
 
-    def train(self, *, resume: bool = False, overwrite: bool = False, allow_change: Sequence[str] = ()) -> TrainResult:
-        """Run the loop to its end and return the result. Never overridden.
+    def train(
+        self, *, resume: bool = False, overwrite: bool = False, allow_change: Sequence[str] = (), quiet: bool = False
+    ) -> TrainResult:
+        """Run the loop to its end and return the result; never overridden.
+
+        What the run does is shown on stderr: a line per step, a table per evaluation, a bar where there is a terminal, and a
+        summary. A program that has set up logging itself (`rlhf_core.setup_logging`, or a level of INFO for the root logger)
+        gets these as log records instead.
 
         Args:
             resume: continue the run in `output`, which more `max_steps` or `epochs` make longer.
             overwrite: replace the run in `output`.
             allow_change: options that a resumed run may change besides, by dotted names, such as `learning_rate`.
+            quiet: show nothing but warnings.
         """
-        from rlhf_core.training.run import run
+        from rlhf_core.training.shown_run import run_and_show
 
-        return run(self, resume=resume, overwrite=overwrite, allow_change=allow_change)
+        return run_and_show(self, resume=resume, overwrite=overwrite, allow_change=allow_change, quiet=quiet)
+
+
+def _with_tokenizer(model: Any, tokenizer: Any) -> Any:
+    """Return a trainer's model: a path, a model, or the pair of a transformers model and its tokenizer.
+
+    Raises:
+        ConfigError: a tokenizer is missing, or there is one too many.
+    """
+    if isinstance(model, tuple | list):
+        if len(model) != 2 or tokenizer is not None:
+            problem = (
+                "is the pair of a transformers model and its tokenizer, or one of them with the other as `tokenizer`"
+            )
+            raise ConfigError(problem, place="model", got=f"{len(model)} items")
+        model, tokenizer = model
+    foreign = hasattr(model, "get_input_embeddings")  # as all models of transformers and peft have, and none of ours
+    if foreign and tokenizer is None:
+        fix = "give its `tokenizer`, too: `AutoTokenizer.from_pretrained(...)`"
+        raise ConfigError("a transformers model has no tokenizer with it", place="model", fix=fix)
+    if tokenizer is not None and not foreign:
+        fix = "leave it out: a path, a hub name and our own models bring theirs"
+        raise ConfigError("is only for a transformers model", place="tokenizer", got=type(model).__name__, fix=fix)
+    return (model, tokenizer) if foreign else model

@@ -27,11 +27,28 @@ def console() -> Console:
     return Console(stderr=True)
 
 
+WIDTH = 80
+"""Columns of a line of the log where there is no terminal."""
+_TIME = "%H:%M:%S"
+_BEFORE = len("23:59:59 ")
+"""Columns that the time takes before each line."""
+
+
+def message_width() -> int:
+    """Return how many columns a message has that is to fit one line: the terminal's, or 80, less the time before it."""
+    return (console().width if sys.stderr.isatty() else WIDTH) - _BEFORE
+
+
 class PrintableFormatter(logging.Formatter):
     """Escapes control characters in log lines, which repeat names and texts of plugins, files and models."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        # What is usual needs no name: the line is for people, and has 80 columns.
+        record.shown_level = "" if record.levelno == logging.INFO else f"{record.levelname} "
+        return super().formatMessage(record)
 
 
 def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, rank: int = 0) -> logging.Logger:
@@ -44,20 +61,7 @@ def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, r
         level: the lowest level that is shown.
         rank: this process's number in a distributed run; all but rank 0 show warnings and errors only.
     """
-    if not sys.stderr.isatty():
-        hide_library_bars()
-    handler: logging.Handler
-    if sys.stderr.isatty():
-        from rich.logging import RichHandler
-
-        handler = RichHandler(console=console(), show_path=False, log_time_format="%H:%M:%S", markup=False)
-        handler.setFormatter(PrintableFormatter("%(message)s"))
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    if rank:
-        handler.addFilter(lambda record: record.levelno >= logging.WARNING)
-    handler.set_name(LOGGER)
+    handler = stderr_handler(rank=rank)
     for name in (LOGGER, *packages):
         logger = logging.getLogger(name)
         for old in list(logger.handlers):
@@ -68,6 +72,52 @@ def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, r
         logger.setLevel(level)
         logger.propagate = False
     return logging.getLogger(LOGGER)
+
+
+def stderr_handler(*, rank: int = 0) -> logging.Handler:
+    """Return a handler that shows records on stderr, of all processes but the first warnings and errors only."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
+
+        handler = RichHandler(
+            console=console(),
+            show_path=False,
+            show_level=False,
+            log_time_format=_TIME,
+            keywords=["DEBUG", "WARNING", "ERROR", "CRITICAL"],  # the words that are shown in colour
+        )
+        handler.setFormatter(PrintableFormatter("%(shown_level)s%(message)s"))
+    else:
+        hide_library_bars()
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(shown_level)s%(message)s", _TIME))
+    if rank:
+        handler.addFilter(lambda record: record.levelno >= logging.WARNING)
+    handler.set_name(LOGGER)
+    return handler
+
+
+class ShownOnce(logging.Handler):
+    """Shows records on stderr, but for those that the root logger's handlers would get: these go there alone.
+
+    Args:
+        shown: the handler for stderr.
+        level: the level that held for the loggers of the core and plugins before.
+    """
+
+    def __init__(self, shown: logging.Handler, level: int) -> None:
+        super().__init__()
+        self._shown, self._level = shown, level
+
+    def emit(self, record: logging.LogRecord) -> None:
+        root, logger = logging.getLogger(), logging.getLogger(record.name)
+        # A module's logger with a level of its own has let the record pass, whatever the level above.
+        own = logger.level and logger.parent is not root
+        if root.handlers and (own or record.levelno >= self._level):
+            root.callHandlers(record)
+        else:
+            self._shown.handle(record)
 
 
 def hide_library_bars() -> None:

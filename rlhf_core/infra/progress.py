@@ -64,9 +64,13 @@ class StepBar(_Bar):
         if wanted and sys.stderr.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-            speed = TextColumn("{task.fields[figure]} · {task.fields[speed]} tokens/s ·{task.fields[phases]}")
+            # A bar of 80 columns, of which phases, where there are some, and a long figure take what a narrower bar leaves.
             bar = self._make(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn()
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figure]} · {task.fields[speed]} tokens/s{task.fields[phases]}"),
+                TimeRemainingColumn(compact=True),
             )
             self._task = bar.add_task("training", total=total_steps, completed=step, figure="–", speed="–", phases="")
 
@@ -86,7 +90,7 @@ class StepBar(_Bar):
                 completed=step,
                 figure=figure,
                 speed=f"{tokens_per_second:,.0f}",
-                phases=f"{phases} ·" if phases else "",
+                phases=f" ·{phases}" if phases else "",
             )
 
     def show_phase(self, name: str | None) -> None:

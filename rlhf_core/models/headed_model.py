@@ -110,5 +110,5 @@ def wrong_kind(given: object, *, wanted: type, allowed: str) -> ModelError:
     kind = type(given).__name__
     fix = f"pass a path, or {allowed}"
     if hasattr(given, "config") and hasattr(given, "get_input_embeddings"):
-        fix = "wrap it with its tokenizer: `PolicyModel(model, tokenizer)`"
+        fix = "wrap it with its tokenizer: `PolicyModel.in_memory(model, tokenizer)`"
     return ModelError(f"a {kind} can't be used as a {wanted.__name__}", place="model", got=kind, fix=fix)

@@ -18,7 +18,7 @@ from rlhf_core.models.head_files import warn_of_heads
 from rlhf_core.models.headed_model import wrong_kind
 from rlhf_core.models.hidden_states import HiddenStates
 from rlhf_core.models.load_options import LoadOptions, apply_load_options, reading_options
-from rlhf_core.models.loading import load_model
+from rlhf_core.models.loading import check_tokenizer, load_model
 from rlhf_core.models.logprobs import (
     exact_log_softmax,
     linear_token_logprobs,
@@ -54,6 +54,30 @@ class PolicyModel(SequenceModel):
         policy = cls.of(load_model(source, **reading), source)
         apply_load_options(policy, [policy], options)
         return policy
+
+    @classmethod
+    def in_memory(cls, model: nn.Module, tokenizer: Any) -> Self:
+        """Return a policy around a transformers model, with or without an adapter of peft's, which it trains in place.
+
+        Raises:
+            ModelError: it is no causal language model, its tokenizer is another model's, or its weights are quantised or on
+                several devices, or not loaded at all.
+        """
+        place = f"the {type(model).__name__} in memory"
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            fix = "load it by `AutoModelForCausalLM`; a method that needs a head of its own makes it"
+            raise ModelError("has no language model head", place=place, fix=fix)
+        if len({parameter.device.type for parameter in model.parameters()}) > 1 or any(
+            parameter.device.type == "meta" for parameter in model.parameters()
+        ):
+            fix = "load it without `device_map`: the run puts it where it trains"
+            raise ModelError("is spread over several devices", place=place, fix=fix)
+        if getattr(model, "is_quantized", False):
+            fix = "give its path, and `lora: {quantize: 4bit}`"
+            raise ModelError("is quantised, and can't be set up from here", place=place, fix=fix)
+        check_tokenizer(model, tokenizer, place)
+        return cls(model, tokenizer)
 
     @classmethod
     def adopt(cls, model: object) -> Self:

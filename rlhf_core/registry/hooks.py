@@ -15,13 +15,14 @@ out with a warning; one that raises is not called again, with a warning. Methods
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pluggy
 
 from rlhf_core import registry
+from rlhf_core.contracts.callbacks import CALLBACKS, taken_arguments
 from rlhf_core.infra.errors import RLHFError, describe_error, did_you_mean
 from rlhf_core.registry.guarded import GuardedError, run_guarded
 
@@ -74,6 +75,7 @@ class Hooks:
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager("rlhf_core")
         self._manager.add_hookspecs(Events)
+        self._callbacks: dict[str, tuple[str, Callable[..., object]]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -108,8 +110,22 @@ class Hooks:
             return False
         return True
 
+    def add_callbacks(self, callbacks: Mapping[str, Any]) -> None:
+        """Add the functions that the trainer was given (`contracts.callbacks`).
+
+        They are the user's own code, so what one raises ends the run; but for `on_failure`, when the run has failed already.
+        """
+        given = ((name, function) for name, function in callbacks.items() if function is not None)
+        self._callbacks |= {CALLBACKS[name].name: (name, function) for name, function in given}
+
     def emit(self, event: str, **values: Any) -> None:
-        """Call every listener of an event; one that raises is removed with a warning, and the others are still called."""
+        """Call every listener of an event; one that raises is removed with a warning, and the others are still called.
+
+        A callback of the trainer's comes last.
+
+        Raises:
+            Exception: what a callback raised.
+        """
         if event not in EVENTS:
             raise ValueError(f"no event {event!r}; {did_you_mean(event, EVENTS)}")
         everyone = self._manager.get_plugins()
@@ -123,6 +139,18 @@ class Hooks:
                 logger.warning(
                     "hook `%s` raised %s in %s and is not called again: %s", name, type(error).__name__, event, error
                 )
+        if event in self._callbacks:
+            self._call_back(event, *self._callbacks[event], values)
+
+    @staticmethod
+    def _call_back(event: str, name: str, function: Callable[..., object], values: Mapping[str, Any]) -> None:
+        try:
+            function(**{argument: values[argument] for argument in taken_arguments(name, function)})
+        except Exception as error:
+            if event != "run_failed":
+                error.add_note(f"raised by the function given as `{name}`")
+                raise
+            logger.warning("the function given as `%s` raised %s", name, describe_error(error))
 
     def _refuse_unknown_events(self, listener: Any) -> None:
         for caller in self._manager.get_hookcallers(listener) or ():

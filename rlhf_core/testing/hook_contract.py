@@ -141,7 +141,7 @@ def _train(rewards: list[Any], *, output: bool = True) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory(prefix="rlhf-contract-") as folder:
         place = Path(folder) / "run" if output else None
         trainer = _Toy(config, model=tiny_policy(), data=rows, eval_data=rows[:2], output=place, rewards=rewards)
-        trainer.train()
+        trainer.train(quiet=True)
         return {name: value.detach().clone() for name, value in trainer.models.named_parameters()}
 
 

@@ -206,7 +206,7 @@ class RunChecks(TrainerSetup):
                 trainer = self.build(
                     {"max_steps": 20, "batch_size": len(self.rows())}, self.learning, output=Path(folder) / "run"
                 )
-                trainer.train()
+                trainer.train(quiet=True)
                 return trainer, [row["loss"] for row in metrics_of(Path(folder) / "run")]
 
         return self.once("trained", made)
@@ -221,7 +221,7 @@ class RunChecks(TrainerSetup):
             change: dict[str, Any] = {"max_steps": 24, "learning_rate": 1e-2, "batch_size": 8}
             if issubclass(self.subject().Config, OnlineConfig):
                 change |= {"rollout_epochs": 1, "minibatches": 1}
-            self.build(change, self.learning, output=output, rewards=self.rewards).train()
+            self.build(change, self.learning, output=output, rewards=self.rewards).train(quiet=True)
             rewards = [row["reward"] for row in metrics_of(output) if "reward" in row]
         require(
             bool(rewards),

@@ -296,11 +296,11 @@ class TrainerSetup(MethodContract):
         kind = interruptible(self.subject())
         with tempfile.TemporaryDirectory(prefix="rlhf-contract-") as folder:
             whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-            self.build(run, changes, output=whole, kind=kind).train()
+            self.build(run, changes, output=whole, kind=kind).train(quiet=True)
             trainer = self.build(run, changes, output=broken, kind=kind)
             trainer.stop_after = 5  # type: ignore[attr-defined]
             try:
-                trainer.train()
+                trainer.train(quiet=True)
             except StoppedEarly:
                 pass
             else:
@@ -316,7 +316,7 @@ class TrainerSetup(MethodContract):
                 manager = CheckpointManager(resumed / "checkpoints")
                 for later in (one for one in saved if one > step):
                     shutil.rmtree(manager.path(later))
-                self.build(run, changes, output=resumed, kind=kind).train(resume=True)
+                self.build(run, changes, output=resumed, kind=kind).train(resume=True, quiet=True)
                 require_same_run(resumed, whole, f"a resume from step {step}")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.training.early_stopping import BestEvaluation, EarlyStopping, best_evaluation_of, early_stopping_of
 from rlhf_core.training.held_out import evaluate
-from rlhf_core.training.metric_text import evaluation_line
+from rlhf_core.training.metric_text import evaluation_table
 from rlhf_core.training.signals import StopNow
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class EvaluationSchedule:
         assert setup.eval_dataset is not None
         metrics = evaluate(run.trainer, setup.eval_dataset, run.context.for_evaluation())
         step = run.progress.step
+        log.info("%s", evaluation_table(metrics, step, run.progress.eval_metrics))
         run.progress.evaluated, run.progress.eval_metrics = step, metrics
-        log.info("step %d  %s", step, evaluation_line(metrics))
         run.logger.event("evaluated", step=step, metrics=metrics)
         run.hooks.emit("evaluated", run=run.trainer, step=step, metrics=metrics)
         for watched in (self.keep_best, self.early_stopping):

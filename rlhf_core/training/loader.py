@@ -88,7 +88,10 @@ class Loader:
             options |= {"trust_remote_code": config.trust_remote_code}
             model = wanted.from_pretrained(trainer.model, device=device, **options, **_new_head(wanted), **own)
         else:
-            model = wanted.adopt(trainer.model, **own).to(device)
+            given = trainer.model
+            if isinstance(given, tuple):
+                given = PolicyModel.in_memory(*given)
+            model = wanted.adopt(given, **own).to(device)
             model.configure(config)
         trainer.config = with_length(config, model.max_positions, say=True)
         self._main = in_float32(model)

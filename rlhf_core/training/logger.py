@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 from rlhf_core.config.training import LoggingConfig
 from rlhf_core.infra.files import append_lines, as_json_value, fsync_file, replace_file, storage_errors
+from rlhf_core.infra.log import message_width
 from rlhf_core.infra.progress import StepBar
-from rlhf_core.training.metric_text import fixed, step_figures
+from rlhf_core.training.metric_text import fixed, row_figures, step_line
 from rlhf_core.training.phases import SECONDS, SPEED, Phases
 from rlhf_core.training.rollout_log import RolloutLog
 from rlhf_core.training.sample_log import SampleLog
@@ -52,6 +54,7 @@ class TrainingLogger:
         total_steps: for the progress bar; None where their number isn't known.
         step: the step that the run starts or resumes from.
         enabled: False on all processes but the first, where nothing is written or shown.
+        quiet: show no progress bar.
         options: the options of the run, shown by trackers.
     """
 
@@ -63,6 +66,7 @@ class TrainingLogger:
         total_steps: int | None = None,
         step: int = 0,
         enabled: bool = True,
+        quiet: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config or LoggingConfig()
@@ -74,7 +78,9 @@ class TrainingLogger:
             output=self.directory,
             options=options or {},
         )
-        self._progress = StepBar(wanted=enabled and self.config.progress, total_steps=total_steps, step=step)
+        self._progress = StepBar(
+            wanted=enabled and not quiet and self.config.progress, total_steps=total_steps, step=step
+        )
         self._progress.__enter__()
         self.phases = Phases(self._progress.show_phase)
         """The phases of the run's steps, whose shares of the time are shown."""
@@ -196,16 +202,16 @@ def _step_of(line: bytes) -> int:
 
 
 def _line(row: Mapping[str, Any], total: int | None, shares: Mapping[str, float]) -> str:
-    """Return a step's row as one line for the console, and behind it the shares of phases in the time so far."""
-    head = f"step {row['step']}" + (f"/{total}" if total else "")
-    shown = [f"loss {fixed(row['loss'])}", f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"]
-    if "tokens_per_second" in row:
-        shown.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    """Return a step's row as one line for the console, and behind it the shares of phases in the time so far.
+
+    Of an online method, whose steps are long, a log file gets everything.
+    """
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and not is_timing(name)}
-    shown += step_figures(numbers, hidden=REQUIRED)
+    figures = row_figures(row, {name: value for name, value in numbers.items() if name not in REQUIRED})
     if shares:
-        shown.append("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-    return "  ".join([head, *shown])
+        figures.append("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    whole = "reward" in row and not sys.stderr.isatty()
+    return step_line(row, figures, total, width=None if whole else message_width())
 
 
 def _ranges(steps: Sequence[int], limit: int = 8) -> str:

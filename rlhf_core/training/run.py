@@ -50,9 +50,17 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    trainer: Trainer, *, resume: bool = False, overwrite: bool = False, allow_change: Sequence[str] = ()
+    trainer: Trainer,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_change: Sequence[str] = (),
+    quiet: bool = False,
 ) -> TrainResult:
-    """Train to the end and return the result. `Trainer.train` calls this, and describes the arguments.
+    """Train to the end and return the result. `Trainer.train` calls this, shows the log, and describes the other arguments.
+
+    Args:
+        quiet: show no progress bar.
 
     Raises:
         RLHFError: a fault that the user can mend; the run directory's `run.json` says the same.
@@ -64,7 +72,7 @@ def run(
             "options of a run change where it is resumed", place="--allow-change", got=", ".join(allow_change),
             fix="add `--resume`, or leave it out: a new run has any options",
         )  # fmt: skip
-    return Run(trainer, resume=resume, overwrite=overwrite, allow_change=allow_change).execute()
+    return Run(trainer, resume=resume, overwrite=overwrite, allow_change=allow_change, quiet=quiet).execute()
 
 
 class Run:
@@ -78,8 +86,16 @@ class Run:
     hooks: Hooks
     state: RunState
 
-    def __init__(self, trainer: Trainer, *, resume: bool, overwrite: bool, allow_change: Sequence[str] = ()) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        resume: bool,
+        overwrite: bool,
+        allow_change: Sequence[str] = (),
+        quiet: bool = False,
+    ) -> None:
+        self.trainer, self.quiet = trainer, quiet
         self.explicit_options = trainer.config.model_dump(mode="json", exclude_unset=True)
         """The options that were set in Python, without defaults."""
         self.resume, self.overwrite, self.allow_change = resume, overwrite, allow_change
@@ -220,6 +236,8 @@ class Run:
         """Load the hooks and open the log, cut back to the checkpoint of a resumed run; log how the run begins."""
         # Hooks write files and call trackers: on one process, whatever the number of processes.
         self.hooks = load_hooks() if self.distribution.is_main else Hooks()
+        if self.distribution.is_main:
+            self.hooks.add_callbacks(self.trainer.callbacks)
         output, step = self.trainer.output, self.progress.step
         self.logger = TrainingLogger(
             output,
@@ -227,6 +245,7 @@ class Run:
             total_steps=self.total_steps,
             step=step,
             enabled=self.distribution.is_main,
+            quiet=self.quiet,
             options=self.options,
         )
         self.started = True

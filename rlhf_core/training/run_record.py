@@ -33,7 +33,7 @@ def resolved_options(trainer: Trainer) -> dict[str, Any]:
     origin = method_origin(trainer)
     asked: dict[str, Any] = {
         "method": origin["name"] if "name" in origin else origin["target"],
-        "model": _described(trainer.model),
+        "model": _described(trainer.model[0] if isinstance(trainer.model, tuple) else trainer.model),
         "data": _described(trainer.data),
         "eval_data": None if trainer.eval_data is None else _described(trainer.eval_data),
         "output": None if trainer.output is None else str(trainer.output),

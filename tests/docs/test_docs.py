@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import venv
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import yaml
 from forked_commands import serving, write_command
 from rlhf_plugins.trainers.sft import SFTTrainer
 
-from rlhf_core import CapabilityTestsConfig
+from rlhf_core import CapabilityTestsConfig, TrainResult
 from rlhf_core.config.evaluation import EvaluationRunConfig
 from rlhf_core.config.improvement_round import ImprovementConfig
 from rlhf_core.registry.hooks import Hooks, hookimpl
@@ -294,6 +295,15 @@ def test_report(tmp_path: Path, environment: dict[str, str]) -> None:
     run_page("docs/report.md", tmp_path, environment)
     one, both = tmp_path / "runs/first/report.html", tmp_path / "both.html"
     assert "Learning signal" in one.read_text() and "first, step 4" in both.read_text()
+
+
+@pytest.mark.slow
+def test_python(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The page's table has the fields of a result, and its script trains."""
+    page = (ROOT / "docs/python.md").read_text()
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `", page, re.MULTILINE)))
+    assert set(listed) - {"model"} <= {field.name for field in fields(TrainResult)} and "eval_metrics" in listed
+    assert "1+1=" in run_page("docs/python.md", tmp_path, environment)
 
 
 @pytest.mark.slow

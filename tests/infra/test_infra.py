@@ -189,7 +189,7 @@ def test_plugins_log_as_the_core_does(
         logger.info("said by %s", logger.name)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == [
-        f"INFO said by {name}" for name in ("rlhf_core", "rlhf_plugins.trainers.kto", "acme_methods.mine")
+        f"said by {name}" for name in ("rlhf_core", "rlhf_plugins.trainers.kto", "acme_methods.mine")
     ]
     assert own in acme.handlers and (other.level, other.propagate, other.handlers) == other_before
     setup_logging(rank=1)

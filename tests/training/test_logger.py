@@ -57,7 +57,7 @@ def test_lines_come_every_so_many_steps(caplog: pytest.LogCaptureFixture) -> Non
             logger.metrics({**ROW, "step": step, "margin": 0.25})
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"]
-    assert lines[0] == "step 2/5  loss 0.5000  lr 1.00e-03  grad 1.000  100 tokens/s  margin 0.25"
+    assert lines[0] == "step 2/5  loss 0.5000  margin 0.25  lr 1.0e-03  grad 1  100 tokens/s"
 
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:

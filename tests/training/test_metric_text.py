@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
-from rlhf_core.training.metric_text import evaluation_line, fixed, step_figures
+import pytest
+
+from rlhf_core.training.metric_text import evaluation_table, fixed, row_figures, step_figures, step_line
 from rlhf_core.training.rollout_log import rollout_table
 
+DPO_STEP = {
+    "step": 123, "loss": 0.6931, "learning_rate": 5e-07, "grad_norm": 4.4012, "tokens_per_second": 12_345.0,
+    "rewards/chosen": 0.0001308, "rewards/rejected": -0.1532, "rewards/margin": -4.883e-05, "accuracy": 0.78125,
+    "logps/chosen": -169.1, "logps/rejected": -167.2, "kl": -0.001064,
+}  # fmt: skip
+OWN = dict(list(DPO_STEP.items())[5:])
 
-def test_an_evaluation_has_each_error_behind_its_metric() -> None:
-    assert (
-        evaluation_line({"eval_loss": 1.25, "eval_loss_se": 0.5, "eval_se": 2})
-        == "eval_loss 1.2500 ± 0.5000  eval_se 2.0000"
-    )
+
+def test_an_evaluation_is_a_small_table_with_each_error_and_the_values_of_before() -> None:
+    metrics = {
+        "eval_kl": -1e-9,
+        "eval_loss": 1.25,
+        "eval_rewards/margin": 0.5,
+        "eval_rewards/margin_se": 0.5,
+        "eval_se": 2,
+    }
+    assert evaluation_table(metrics, 0).splitlines() == [
+        "evaluation of step 0",
+        "  eval_loss            1.2500",
+        "  eval_rewards/margin  0.5000 ± 0.5000",
+        "  eval_kl              0.0000",
+        "  eval_se              2.0000",
+    ]
+    assert evaluation_table(metrics, 20, {"eval_loss": 1.5, "eval_kl": -0.25}).splitlines() == [
+        "evaluation of step 20                    before",
+        "  eval_loss            1.2500            1.5000",
+        "  eval_rewards/margin  0.5000 ± 0.5000",
+        "  eval_kl              0.0000           -0.2500",
+        "  eval_se              2.0000",
+    ]
+
+
+def test_the_evaluation_of_an_online_method_leaves_details_to_the_file() -> None:
+    text = evaluation_table({"eval_reward": 0.5, "eval_length": 9.0, "eval_length_right": 8.0}, 1)
+    assert "eval_length " in text and "right" not in text
+
+
+@pytest.mark.parametrize("width", [71, 111, None])
+def test_a_step_of_dpo_fits_one_line(width: int | None) -> None:
+    line = step_line(DPO_STEP, row_figures(DPO_STEP, OWN), 10_000, width=width)
+    assert width is None or len(line) <= width
+    assert line.startswith("step 123/10000  loss 0.6931  margin -4.9e-05  accuracy 0.7812")
+    assert (width == 71) == ("lr 5.0e-07" not in line) and (width is None) == ("logps/rejected" in line)
+
+
+def test_two_metrics_of_one_last_name_keep_their_whole_names() -> None:
+    row = {**DPO_STEP, "a/margin": 1.0, "b/margin": 2.0}
+    assert row_figures(row, {"a/margin": 1.0, "b/margin": 2.0})[1:3] == ["a/margin 1", "b/margin 2"]
 
 
 def test_a_step_shows_its_own_metrics_in_their_order() -> None:
