@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from rlhf_core.data.row_source import COMPRESSION, Cursor, RowSource
 from rlhf_core.data.table_files import Delimited, ParquetRows
 from rlhf_core.infra.errors import DataError, first_line, shortened
 from rlhf_core.infra.found_paths import looked_in, places_of, unexpanded
+from rlhf_core.infra.hub_access import ask_hub, offline
+
+log = logging.getLogger(__name__)
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TEXTS = (*_JSON, ".csv", ".tsv")
@@ -184,7 +188,8 @@ def _near_file(path: Path) -> str | None:
     if not parent.is_dir():
         return f"there is no directory {parent} either"
     names = sorted(item.name for item in parent.iterdir() if item.name.endswith(SUFFIXES))
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+    folders = [item.name for item in parent.iterdir() if item.is_dir()]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4) or difflib.get_close_matches(path.name, folders)
     if near:
         return f"did you mean {parent / near[0]}?"
     return f"{parent} has {', '.join(names[:8])}" if names else None
@@ -263,17 +268,30 @@ def _load(name: str, config: str | None, split: str, streaming: bool) -> RowSour
     """Load a hub name, or a folder of a kind that only `datasets` knows."""
     import datasets
 
+    unreachable = None
     try:
-        loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        unreachable = None if _exists(name) else ask_hub(name, "dataset")
+        with offline(unreachable is not None):
+            loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # Loading scripts, decoders and the network raise errors of any kind.
-        raise DataError(
-            "not a file, and `datasets.load_dataset` cannot load it",
-            place=name,
-            got=first_line(error),
-            fix="check the name, `dataset.split` (for `eval_data`: `dataset.eval_split`), the network, and for a gated set the"
-            " token",
-        ) from None
+        offline_too = unreachable is not None and isinstance(error, ConnectionError)
+        raise _not_loaded(name, unreachable if offline_too else first_line(error)) from None
+    if unreachable is not None:
+        log.warning("%s: %s; the copy in its cache is taken", name, unreachable)
     return _dataset(loaded, name, split)
+
+
+def _not_loaded(name: str, why: str | None) -> DataError:
+    near = _near_of(name) or ""
+    return DataError(
+        f"not a file{looked_in(name)}, and `datasets.load_dataset` cannot load it",
+        place=name,
+        got=why,
+        fix=near
+        if near.startswith("did you mean")
+        else "check the name, `dataset.split` (for `eval_data`: `dataset.eval_split`), the network, and for a gated set the"
+        " token",
+    )
 
 
 def _dataset(data: Any, name: str, split: str) -> RowSource:

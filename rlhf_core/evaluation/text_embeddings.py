@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ModelError, describe_error
-from rlhf_core.infra.model_files import check_files, file_hashes, locate
+from rlhf_core.infra.model_files import check_files, file_hashes, locate, require_on_hub
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class TextEmbedder:
         from transformers import AutoModel, AutoTokenizer
 
         where, _ = locate(source)
+        if not Path(where).is_dir():
+            require_on_hub(where)
         check_files(where)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=False)

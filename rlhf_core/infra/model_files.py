@@ -6,6 +6,7 @@ Importing this module imports neither transformers nor peft.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 from rlhf_core.infra.errors import ModelError, first_line, nearest
 from rlhf_core.infra.files import read_json, sha256_of, storage_errors
 from rlhf_core.infra.found_paths import looked_in, places_of, unexpanded
+from rlhf_core.infra.hub_access import NotOnHub, ask_hub, stay_offline
+
+log = logging.getLogger(__name__)
 
 REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD, COMPRESSOR_HEAD = HEADS = (
     "reward_head",
@@ -125,7 +129,7 @@ def no_such_model(source: str, error: Exception) -> ModelError:
     """Return the error for a name that is neither a local directory nor a model that the hub can deliver."""
     near = near_path(Path(source)) or ""
     return ModelError(
-        "is neither a local directory nor a model that could be fetched from the hub",
+        f"is neither a local directory nor a model that could be fetched from the hub{looked_in(source)}",
         place=source,
         got=first_line(error),
         fix=near
@@ -134,24 +138,42 @@ def no_such_model(source: str, error: Exception) -> ModelError:
     )
 
 
+def require_on_hub(name: str) -> None:
+    """Make sure that the hub, or its cache, can deliver a model; see `ask_hub`.
+
+    Raises:
+        ModelError: it can't.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        unreachable = ask_hub(name)
+        known = [try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")]
+    except (NotOnHub, ValueError) as error:  # a name that no repository can have is a ValueError
+        raise no_such_model(name, error) from error
+    if unreachable is None:
+        return
+    if not any(isinstance(file, str) for file in known):
+        raise no_such_model(name, NotOnHub(unreachable))
+    log.warning("%s: %s; the copy in its cache is taken", name, unreachable)
+    stay_offline()
+
+
 def hub_files(source: str, files: Sequence[str]) -> list[Path | None]:
     """Return where files of a hub repository stand in the local cache, fetched where need be; None for those it hasn't.
 
     Raises:
         ModelError: the hub can't be reached, and the cache has nothing of that name: further attempts would only take time.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    require_on_hub(source)
     found: list[Path | None] = []
     for file in files:
         try:
             found.append(Path(hf_hub_download(source, file)))
-        except LocalEntryNotFoundError as error:
-            if not isinstance(try_to_load_from_cache(source, "config.json"), str):
-                raise no_such_model(source, error) from error
-            found.append(None)
-        except EntryNotFoundError:
+        except (LocalEntryNotFoundError, EntryNotFoundError):
             found.append(None)
         except (OSError, ValueError):  # no such repository, or no access to it: loading the model itself says which
             return [None] * len(files)

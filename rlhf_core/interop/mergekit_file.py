@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from rlhf_core.config.base import BaseConfig, place_of
 from rlhf_core.infra.errors import ConfigError, ModelError, first_line
 from rlhf_core.infra.files import read_json
-from rlhf_core.infra.model_files import adapter_base, is_adapter, locate, split_adapter
+from rlhf_core.infra.model_files import adapter_base, is_adapter, locate, require_on_hub, split_adapter
 from rlhf_core.interop.mergekit_parameters import ParameterScope
 
 log = logging.getLogger(__name__)
@@ -254,6 +254,7 @@ def _count_layers(name: str) -> int:
         if not Path(where).is_dir():
             from huggingface_hub import hf_hub_download
 
+            require_on_hub(where)
             where = str(Path(hf_hub_download(where, "config.json")).parent)
         config = read_json(Path(where) / "config.json")
         inner = config.get("text_config") or config

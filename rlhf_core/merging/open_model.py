@@ -20,6 +20,7 @@ from rlhf_core.infra.model_files import (
     locate,
     lost_base,
     no_such_model,
+    require_on_hub,
     split_adapter,
 )
 from rlhf_core.merging.adapter_model import adapted_model
@@ -119,6 +120,7 @@ def _directory(name: str) -> Path:
         )
     if Path(where).is_dir():
         return Path(where)
+    require_on_hub(where)
     # Imported this late, for it takes a tenth of a second, which a merge of local models needn't spend.
     from huggingface_hub import snapshot_download
 

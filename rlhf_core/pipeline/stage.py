@@ -312,10 +312,5 @@ def check_model(source: Any, place: str, stages: Collection[str] = ()) -> list[R
 
 def _require_on_hub(name: str) -> None:
     """Raise `ModelError` where the hub has no such model, or can't be reached and the cache lacks it, too."""
-    from huggingface_hub import try_to_load_from_cache
-
-    files = ("config.json", "adapter_config.json")
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
-        return
-    if hub_files(name, files) == [None, None]:
+    if hub_files(name, ("config.json", "adapter_config.json")) == [None, None]:
         raise ModelError("the hub has no such model, or gives no access to it", place=name)
