@@ -224,11 +224,11 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
             elsewhere="min_lr min_lr_ratio min_lr_rate final_lr",
         ),
         KnownName(
-            "optimizer",
+            "optimizer.name",
             "optim",
             "optimizer",
             "optim",
-            differs="AdamW is the default; what is beyond its learning rate is in this group",
+            differs="`adamw` is the default, `adamw_8bit` and `muon` step the matrices in layers",
         ),
         KnownName(
             "optimizer.weight_decay",
@@ -532,10 +532,23 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
         ),
         KnownName("on_policy", "lmbda", differs="share of the rollouts that the student draws itself"),
         KnownName(
+            "prompt_loss_weight",
+            axolotl="train_on_inputs",
+            llama_factory="train_on_prompt",
+            differs="a number: 1 trains on every token, 0, the default, on responses alone",
+            elsewhere="prompt_weight",
+        ),
+        KnownName(
+            "freeze",
+            llama_factory="freeze_trainable_layers freeze_trainable_modules freeze_vision_tower",
+            axolotl="unfrozen_parameters",
+            differs="names what stays as it is, as patterns: `[embed_tokens, model.layers.[0-9].*]`",
+        ),
+        KnownName(
             "",
             "completion_only_loss assistant_only_loss train_on_completion_only",
-            "train_on_inputs roles_to_train train_on_eos",
-            "train_on_prompt mask_history",
+            "roles_to_train train_on_eos",
+            "mask_history",
             differs="the loss is on responses (every assistant turn) and their end token; `dataset.turns` makes each turn a row",
         ),
     ),
@@ -623,7 +636,7 @@ SAME_NAME = {
     "micro_batch_size": "in axolotl the rows per device and accumulated batch; here the most rows in one forward pass, of the"
     " `batch_size` of a step",
     "dataset": "in LLaMA-Factory the names of the data, which here is `data`; here how rows are read, a group",
-    "optimizer": "in axolotl the optimiser's name; here a group of options",
+    "optimizer": "in axolotl the optimiser's name, which here is `optimizer.name`; here a group of options",
     "adapter": "in axolotl `lora` or `qlora`, which here is `lora: {rank: 16, alpha: 32}`, with `quantize: 4bit` for QLoRA;"
     " here what becomes of an adapter that `model` is",
     "eval_steps": "a whole number of steps, never a share of the run (TRL's `0.1`)",

@@ -21,6 +21,8 @@ from rlhf_core.infra.errors import ConfigError
 
 LORA_RATE_FACTOR = 10
 """Best learning rate of LoRA adapters as a multiple of that of every weight (Schulman et al. 2025, "LoRA Without Regret")."""
+BYTES_PER_WEIGHT = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "muon": 4.0}
+"""Bytes that an optimiser keeps per weight that it steps: AdamW two float32 moments, in 8 bits with a scale per 256 of each."""
 DEFAULT_MAX_LENGTH = 1024
 """What `max_length` is at most where it isn't set."""
 
@@ -272,14 +274,33 @@ class DistributedConfig(BaseConfig):
 
 
 class OptimizerConfig(BaseConfig):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) beyond its learning rate."""
+    """The optimiser beyond its learning rate: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), or what steps in its place."""
 
+    alone = "name"
+
+    name: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        "adamw",
+        description="What makes the step of the matrices in the model's layers; embeddings, output layers, heads, norms and"
+        " biases are AdamW's in any case. `adamw_8bit` keeps its two numbers per weight in 8 bits (needs bitsandbytes), `muon`"
+        " keeps one and makes updates orthogonal, of AdamW's size.",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's mean; larger remembers longer.")
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the gradient's square; larger remembers longer.")
     epsilon: float = Field(1e-8, gt=0, description="Added to the denominator; larger damps small gradients.")
     weight_decay: float = Field(
         0.0, ge=0, description="Decoupled decay of matrices (not of biases or norms); larger shrinks more."
     )
+    momentum: float = Field(
+        0.95, ge=0, lt=1, description="Decay of the gradients that `muon` adds up; larger remembers longer."
+    )
+
+    @model_validator(mode="after")
+    def _momentum_is_muons(self) -> OptimizerConfig:
+        """Refuse a momentum that nothing uses."""
+        if self.name != "muon" and self.momentum != type(self).model_fields["momentum"].default:
+            error = ConfigError(f"`{self.name}` has no momentum", fix="set `beta1`, or `name: muon`")
+            raise refused(error, ["momentum"], self.momentum)
+        return self
 
 
 class BatchingConfig(BaseConfig):
@@ -465,7 +486,7 @@ class TrainerConfig(BaseConfig):
         description="Parts of the model that stay as they are: names of modules or parameters, or ends of names, with `*` and"
         " `[0-9]` as in paths, such as `embed_tokens` or `model.layers.[0-9].*`. More of them train less, and take less memory.",
     )
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW beyond its learning rate.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimiser beyond its rate.")
     batching: BatchingConfig = Field(default_factory=BatchingConfig, description="Layout of a step's rows.")
     dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="How rows are read.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When state is saved.")

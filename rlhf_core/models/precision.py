@@ -119,7 +119,7 @@ def exact_products(network: Any) -> Iterator[None]:
             yield
             return
         wide = _Widening()
-        blocks = _blocks(network)
+        blocks = blocks_of(network)
         inside = {id(parameter) for block in blocks for parameter in block.parameters()}
         hooks = []
         for block in blocks:
@@ -169,11 +169,11 @@ class _Widening:
         self._held.clear()
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
+def blocks_of(network: nn.Module) -> list[nn.Module]:
     """Return a model's layers: the members of its outermost module lists."""
     found: list[nn.Module] = []
     for child in network.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
+        found += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
     return found
 
 

@@ -22,7 +22,7 @@ from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.logger import without_timing
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.optimizer import set_learning_rate
+from rlhf_core.training.optimizer import AnyOptimizer, set_learning_rate
 from rlhf_core.training.reduction import quotients, sum_pairs
 from rlhf_core.training.roles import set_training_mode
 from rlhf_core.training.run_data import one_pass
@@ -161,7 +161,7 @@ class Workbench(RunSetup):
         set_learning_rate(optimizer, self.trainer.config.learning_rate)
         return self._recorded(window, optimizer)
 
-    def _recorded(self, window: Batch, optimizer: torch.optim.Optimizer | None) -> Step:
+    def _recorded(self, window: Batch, optimizer: AnyOptimizer | None) -> Step:
         """Return the loop's update on a window; parameters change only where an optimiser is given."""
         recorder = _Recorder(self.parameters, optimizer)
         result = self.make_updater(recorder, LossScale(enabled=False), lambda *_, **__: None)(window, 1)
@@ -173,7 +173,7 @@ class Workbench(RunSetup):
 class _Recorder(torch.optim.Optimizer):
     """An optimiser whose step records the gradient, and is passed on to another optimiser where there is one."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: AnyOptimizer | None) -> None:
         super().__init__(parameters.values(), {})
         self._named, self._optimizer = parameters, optimizer
         self.gradient: dict[str, Tensor] = {}

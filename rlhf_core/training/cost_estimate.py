@@ -1,8 +1,8 @@
 """Rough estimates of the memory and time of a training run, from parameters and tokens, before anything runs.
 
-Memory: 16 bytes for each trained parameter (float32 weights, gradients and Adam's two moments), the bytes of frozen models, and
-activations of one micro-batch: 34 bytes per token, layer and unit of width at 16 bits (Korthikanti et al. 2022, arXiv 2205.05198,
-without attention's scores), twice that in float32, and the logits.
+Memory: 8 bytes for each trained parameter (float32 weights and gradients) and what the optimiser keeps (AdamW's two moments are
+another 8), the bytes of frozen models, and activations of one micro-batch: 34 bytes per token, layer and unit of width at 16 bits
+(Korthikanti et al. 2022, arXiv 2205.05198, without attention's scores), twice that in float32, and the logits.
 
 Time: 6 operations per trained parameter and token, 2 per parameter and token that is only read, at the speed of this machine's
 matrix products in the run's precision, which are measured for an instant; half of that speed is reached in training, a quarter in
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.online import OnlineConfig
-from rlhf_core.config.training import TrainerConfig
+from rlhf_core.config.training import BYTES_PER_WEIGHT, TrainerConfig
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.files import readable_size
 from rlhf_core.infra.model_files import adapter_chain, is_adapter
@@ -88,7 +88,9 @@ def training_cost(
     if options.lora is not None:
         adapter = trained_parameters or 16 * size.layers * size.width * options.lora.rank
     trained = sum(getattr(role, "trained", False) for role in roles.values())
-    memory = 16.0 * (adapter or size.parameters) * trained + (precise * size.parameters if adapter else 0)
+    vocabulary = 0 if adapter else min(size.vocabulary * size.width, size.parameters)  # AdamW's in any case
+    kept = 8.0 * vocabulary + BYTES_PER_WEIGHT[options.optimizer.name] * ((adapter or size.parameters) - vocabulary)
+    memory = (8.0 * (adapter or size.parameters) + kept) * trained + (precise * size.parameters if adapter else 0)
     if "reference" in roles and not adapter:
         memory += precise * size.parameters
     at_once = tokens * (options.micro_batch_size or options.batch_size * responses)

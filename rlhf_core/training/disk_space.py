@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.training import TrainedModelConfig, TrainerConfig, models_beside
+from rlhf_core.config.training import BYTES_PER_WEIGHT, TrainedModelConfig, TrainerConfig, models_beside
 from rlhf_core.infra.errors import StorageError
 from rlhf_core.infra.files import readable_size, storage_errors
 from rlhf_core.infra.model_files import is_adapter
 from rlhf_core.infra.safetensors_file import TensorEntry, nbytes, read_header
 from rlhf_core.models.sequence_model import SequenceModel
+from rlhf_core.training.optimizer import state_bytes
 from rlhf_core.training.roles import trained_roles
 
 if TYPE_CHECKING:
     from rlhf_core.training.setup import RunSetup
-
-_MOMENTS = 2
-"""Numbers that AdamW keeps for each trained parameter: a first and a second moment."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,10 @@ def checkpoints_at_once(config: TrainerConfig, total_steps: int | None) -> int:
 
 def disk_need(setup: RunSetup, total_steps: int | None) -> DiskNeed:
     """Return what a run will write, from its built models; `total_steps` is None where the data decide their number."""
-    trained = sum(parameter.nbytes for parameter in setup.parameters.values())
+    state = state_bytes(setup.parameters, setup.config, setup.trainer.models)
     kept = nbytes(setup.distribution.full_state(setup.trainer.models))
     models = sum(_exported_bytes(setup.trainer.models[role]) for role in trained_roles(setup.trainer))
-    return DiskNeed(checkpoints_at_once(setup.config, total_steps), kept + _MOMENTS * trained, models)
+    return DiskNeed(checkpoints_at_once(setup.config, total_steps), kept + state, models)
 
 
 def _exported_bytes(module: Any) -> int:
@@ -112,14 +110,16 @@ def disk_need_of_files(model: str, config: TrainerConfig) -> DiskNeed | None:
     Models beside it that are trained, such as a critic, are those that the configuration names.
     """
     named = [other for other in models_beside(config).values() if isinstance(other, TrainedModelConfig)]
+    # Which weights are matrices in layers isn't known here, and most are.
+    per_weight = BYTES_PER_WEIGHT[config.optimizer.name]
     trained = stored = 0
     for source, lora in ((model, config.lora), *((other.path, other.lora) for other in named)):
         entries = _tensor_entries(Path(source).expanduser()) if lora is None else []
         if not entries:
             return None
-        trained += 4 * sum(entry.count for entry in entries)
+        trained += sum(entry.count for entry in entries)
         stored += sum(entry.nbytes for entry in entries)
-    return DiskNeed(checkpoints_at_once(config, config.max_steps), (1 + _MOMENTS) * trained, stored)
+    return DiskNeed(checkpoints_at_once(config, config.max_steps), round((4 + per_weight) * trained), stored)
 
 
 def _tensor_entries(path: Path) -> list[TensorEntry]:

@@ -32,7 +32,7 @@ from rlhf_core.training.fixed_prompts import open_fixed_prompts
 from rlhf_core.training.loader import Loader, in_float32
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.optimizer import create_optimizer
+from rlhf_core.training.optimizer import AnyOptimizer, create_optimizer
 from rlhf_core.training.replay import open_replay
 from rlhf_core.training.roles import (
     check_built_models,
@@ -154,9 +154,9 @@ class RunSetup:
         """The rows to train on, and the held-out rows where there are some."""
         return [self.dataset] if self.eval_dataset is None else [self.dataset, self.eval_dataset]
 
-    def make_optimizer(self) -> torch.optim.AdamW:
+    def make_optimizer(self) -> AnyOptimizer:
         """Return a new optimiser over the trained parameters."""
-        return create_optimizer(self.parameters.items(), self.config, self.loader.factors)
+        return create_optimizer(self.parameters.items(), self.config, self.loader.factors, models=self.trainer.models)
 
     def make_context(self, kind: type[Context], **options: Any) -> Context:
         """Return the run context that the method's experience and evaluation get."""
@@ -170,9 +170,7 @@ class RunSetup:
             **options,
         )
 
-    def make_updater(
-        self, optimizer: torch.optim.Optimizer, loss_scale: LossScale, notify: Callable[..., None]
-    ) -> Updater:
+    def make_updater(self, optimizer: AnyOptimizer, loss_scale: LossScale, notify: Callable[..., None]) -> Updater:
         """Return what makes the optimiser's step on a window; `notify` is called with the name and fields of an event.
 
         Raises:

@@ -22,6 +22,7 @@ from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.elastic_weights import METRIC, ElasticWeights
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.optimizer import AnyOptimizer
 from rlhf_core.training.reduction import Tally, numbers, objective, quotients, sum_pairs, total_weights
 from rlhf_core.training.rollout_record import NUMBER
 
@@ -129,7 +130,7 @@ class Updater:
     def __init__(
         self,
         trainer: Trainer,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         parameters: Mapping[str, nn.Parameter],
         *,
         distribution: Distribution,
