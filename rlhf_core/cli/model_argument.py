@@ -5,25 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from rlhf_core.config.training import DatasetConfig, LoraConfig, ModelConfig
-from rlhf_core.config.yaml_file import load_yaml
-from rlhf_core.data.text_options import save_text_options
+from rlhf_core.config.training import ModelConfig
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.errors import ModelError, RLHFError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.model_files import locate
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.loading import saved_dtype
 from rlhf_core.training.checkpoint import Checkpoint, CheckpointManager
+from rlhf_core.training.checkpoint_policy import base_of, checkpoint_policy
 
 log = logging.getLogger(__name__)
-
-_POLICY = "policy."
-"""What the names of the policy's tensors in a checkpoint begin with."""
 
 
 def open_policy(model: ModelConfig, *, precision: str = "auto") -> PolicyModel:
@@ -44,8 +39,8 @@ def open_policy(model: ModelConfig, *, precision: str = "auto") -> PolicyModel:
     path = Path(model.path).expanduser()
     found = _in_run(path) if path.is_dir() else path
     if isinstance(found, Checkpoint):
-        chosen = _precision_of(model, precision, _base_of(found), device)
-        return _of_checkpoint(found, chosen, device, trust=model.trust_remote_code)
+        chosen = _precision_of(model, precision, base_of(found), device)
+        return checkpoint_policy(found, chosen, device, trust=model.trust_remote_code)
     if found != path:
         log.info("%s is a run's directory: its exported model is loaded", path)
     source = str(found) if path.is_dir() else model.path
@@ -161,73 +156,3 @@ def _steps(run: Path, reasons: list[str]) -> Iterator[tuple[int, str]]:
         if stopping and stopping.get("best") is not None and stopping.get("best_step") in steps:
             yield stopping["best_step"], "best"
     yield from ((step, "newest whole" if reasons else "newest") for step in steps)
-
-
-def _base_of(checkpoint: Checkpoint) -> str:
-    """Return the model that the run of a checkpoint started from."""
-    return str(_options(checkpoint).get("model"))
-
-
-def _options(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the options of a checkpoint's run.
-
-    Raises:
-        ModelError: its record of them is missing or damaged.
-    """
-    place = checkpoint.path.parent.parent / "config.yaml"
-    try:
-        return load_yaml(place)[0]
-    except RLHFError as error:
-        fix = "copy the whole run, with its config.yaml"
-        raise ModelError(
-            "the options of the checkpoint's run can't be read", place=str(place), got=error.problem, fix=fix
-        ) from None
-
-
-def _of_checkpoint(checkpoint: Checkpoint, precision: str, device: DeviceManager, *, trust: bool) -> PolicyModel:
-    """Load the model that a run started from, with the weights that its policy had at a checkpoint.
-
-    Raises:
-        ModelError: the model can't be loaded, the run trained no policy, or the checkpoint doesn't fit.
-    """
-    options, place = _options(checkpoint), str(checkpoint.path)
-    tensors = {
-        name.removeprefix(_POLICY): tensor
-        for name, tensor in checkpoint.tensors("model").items()
-        if name.startswith(_POLICY)
-    }
-    if not tensors:
-        raise ModelError(
-            "the checkpoint holds no policy",
-            place=place,
-            fix="name the checkpoint of a run that trains a language model",
-        )
-    lora = options.get("lora")
-    policy = PolicyModel.from_pretrained(
-        str(options.get("model")),
-        lora=LoraConfig.parse(lora, place=place) if isinstance(lora, dict) else None,
-        adapter=options.get("adapter", "continue"),
-        trust_remote_code=trust or bool(options.get("trust_remote_code")),
-    )
-    _copy(tensors, policy, place)
-    dataset = options.get("dataset")
-    if isinstance(dataset, dict):
-        save_text_options(policy.tokenizer, DatasetConfig.parse(dataset, place=place))
-    policy.is_as_loaded, policy.source = False, place
-    policy.requires_grad_(False).eval()
-    policy.to(device.device)
-    return policy.set_options(precision=precision, frozen_precision="auto")
-
-
-@torch.no_grad()
-def _copy(tensors: dict[str, torch.Tensor], policy: PolicyModel, place: str) -> None:
-    """Copy a checkpoint's tensors into a policy. Raises ModelError where one doesn't fit."""
-    own = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
-    for name, tensor in tensors.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise ModelError(
-                f"tensor `{name}` of the checkpoint does not fit the model that the run started from",
-                place=place,
-                fix="restore that model as it was",
-            )
-        own[name].copy_(tensor)

@@ -1,0 +1,96 @@
+"""The policy of a run as it was at a checkpoint: the model that the run started from, with the checkpoint's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf_core.config.training import DatasetConfig, LoraConfig
+from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.data.text_options import save_text_options
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ModelError, RLHFError
+from rlhf_core.models import PolicyModel
+from rlhf_core.training.checkpoint import Checkpoint
+
+_POLICY = "policy."
+"""What the names of the policy's tensors in a checkpoint begin with."""
+
+
+def base_of(checkpoint: Checkpoint) -> str:
+    """Return the model that the run of a checkpoint started from."""
+    return str(_options(checkpoint).get("model"))
+
+
+def _options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the options of a checkpoint's run.
+
+    Raises:
+        ModelError: its record of them is missing or damaged.
+    """
+    place = checkpoint.path.parent.parent / "config.yaml"
+    try:
+        return load_yaml(place)[0]
+    except RLHFError as error:
+        fix = "copy the whole run, with its config.yaml"
+        raise ModelError(
+            "the options of the checkpoint's run can't be read", place=str(place), got=error.problem, fix=fix
+        ) from None
+
+
+def checkpoint_policy(
+    checkpoint: Checkpoint, precision: str, device: DeviceManager, *, trust: bool = False
+) -> PolicyModel:
+    """Load the model that a run started from, with the weights that its policy had at a checkpoint.
+
+    Args:
+        checkpoint: the run's, verified.
+        precision: of matrix products.
+        device: where it is put.
+        trust: run the code that comes with the model, as where the run itself did.
+
+    Raises:
+        ModelError: the model can't be loaded, the run trained no policy, or the checkpoint doesn't fit.
+    """
+    options, place = _options(checkpoint), str(checkpoint.path)
+    tensors = {
+        name.removeprefix(_POLICY): tensor
+        for name, tensor in checkpoint.tensors("model").items()
+        if name.startswith(_POLICY)
+    }
+    if not tensors:
+        raise ModelError(
+            "the checkpoint holds no policy",
+            place=place,
+            fix="name the checkpoint of a run that trains a language model",
+        )
+    lora = options.get("lora")
+    policy = PolicyModel.from_pretrained(
+        str(options.get("model")),
+        lora=LoraConfig.parse(lora, place=place) if isinstance(lora, dict) else None,
+        adapter=options.get("adapter", "continue"),
+        trust_remote_code=trust or bool(options.get("trust_remote_code")),
+    )
+    _copy(tensors, policy, place)
+    dataset = options.get("dataset")
+    if isinstance(dataset, dict):
+        save_text_options(policy.tokenizer, DatasetConfig.parse(dataset, place=place))
+    policy.is_as_loaded, policy.source = False, place
+    policy.requires_grad_(False).eval()
+    policy.to(device.device)
+    return policy.set_options(precision=precision, frozen_precision="auto")
+
+
+@torch.no_grad()
+def _copy(tensors: dict[str, torch.Tensor], policy: PolicyModel, place: str) -> None:
+    """Copy a checkpoint's tensors into a policy. Raises ModelError where one doesn't fit."""
+    own = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ModelError(
+                f"tensor `{name}` of the checkpoint does not fit the model that the run started from",
+                place=place,
+                fix="restore that model as it was",
+            )
+        own[name].copy_(tensor)
