@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from rlhf_core.models.reward_model import RewardModel as RewardModel
     from rlhf_core.models.value_model import ValueModel as ValueModel
     from rlhf_core.pipeline.orchestrator import RLHFOrchestrator as RLHFOrchestrator
+    from rlhf_core.publishing.export_model import export_model as export_model
+    from rlhf_core.publishing.export_model import push_to_hub as push_to_hub
     from rlhf_core.registry.plugin_logs import setup_logging as setup_logging
     from rlhf_core.rewards.reward_factory import RewardFunctionFactory as RewardFunctionFactory
     from rlhf_core.training.checkpoint import CheckpointManager as CheckpointManager
@@ -116,6 +118,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.pipeline.orchestrator": "RLHFOrchestrator",
         "rlhf_core.config.presets": "get_70b_model_config get_7b_model_config",
+        "rlhf_core.publishing.export_model": "export_model push_to_hub",
         "rlhf_core.rewards.reward_factory": "RewardFunctionFactory",
         "rlhf_core.training.checkpoint": "CheckpointManager",
         "rlhf_core.training.early_stopping": "EarlyStopping",

@@ -20,6 +20,7 @@ from rlhf_core.cli import (
     fisher,
     merge,
     methods,
+    publish,
     report,
     rollouts,
     run_recipe,
@@ -53,6 +54,7 @@ samples.add_to(app)
 rollouts.add_to(app)
 report.add_to(app)
 merge.add_to(app)
+publish.add_to(app)
 author.add_to(app)
 score.add_to(app)
 find_flaws.add_to(app)

@@ -13,7 +13,7 @@ from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.cli.weight_diff import show_difference
-from rlhf_core.infra.errors import ConfigError, Interrupted
+from rlhf_core.infra.errors import ConfigError, Interrupted, ModelError
 from rlhf_core.infra.files import readable_size
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _Target = Annotated[
     str | None,
     typer.Argument(
         metavar="METHOD_OR_FILE",
-        help="A method's name or a configuration file, ours or mergekit's, then any of its options.",
+        help="A method's name or a configuration file, ours or mergekit's, then any of its options; or an adapter to fold.",
         show_default=False,
         autocompletion=shell_completion.mergers,
     ),
@@ -78,6 +78,8 @@ def merge(
     which chooses mergekit's definition of a method. `rlhf show METHOD` lists a method's options. Files of mergekit are read
     unchanged. --resume continues a merge that was killed.
 
+    `rlhf merge ADAPTER --output O` folds an adapter, or that of a run, into its base; `BASE+ADAPTER` names another base.
+
     `rlhf merge --diff A B` shows the distance between the weights of two models, by layer.
     """
     if diff is not None:
@@ -91,7 +93,10 @@ def merge(
         from rlhf_core.registry.plugin_logs import setup_logging
 
         setup_logging()
-        job = load_merge_job(method_or_file, flags=context.args)
+        flags = list(context.args)
+        if (adapter := _adapter_at(method_or_file)) is not None:
+            method_or_file, flags = "passthrough", ["--model", adapter, *flags]
+        job = load_merge_job(method_or_file, flags=flags)
     if dry_run:
         return _describe(job, resume=resume, overwrite=overwrite, as_json=as_json)
     result = _merge(job, evaluate, resume=resume, overwrite=overwrite)
@@ -114,6 +119,30 @@ def _checked(target: str | None, *, picture: Path | None, resume: bool, overwrit
         problem = "a merge is either continued or started over"
         raise ConfigError(problem, place="--resume and --overwrite", fix="choose one")
     return target
+
+
+def _adapter_at(target: str) -> str | None:
+    """Return the adapter that is to be folded, where a directory or a `BASE+ADAPTER` was named in place of a method.
+
+    Raises:
+        ModelError: the directory holds none.
+    """
+    from rlhf_core.infra.model_files import is_adapter, split_adapter
+    from rlhf_core.publishing.saved_model import find_saved_model
+
+    pair = split_adapter(target)
+    if pair is not None:
+        return target if Path(pair[1]).expanduser().is_dir() else None
+    if not Path(target).expanduser().is_dir():
+        return None
+    found = find_saved_model(target).directory
+    if found is None:
+        fix = f"`rlhf export {target} --merged --output DIR`"
+        raise ModelError("a checkpoint is no adapter that can be folded here", place=target, fix=fix)
+    if not is_adapter(str(found)):
+        fix = "`rlhf merge METHOD --model A --model B --output DIR`, or `rlhf export` for another dtype"
+        raise ModelError("is a whole model: there is no adapter to fold", place=target, fix=fix)
+    return str(found)
 
 
 def _merge(job: MergeJob, evaluate: str | None, *, resume: bool, overwrite: bool) -> MergeResult:

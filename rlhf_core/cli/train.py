@@ -16,7 +16,7 @@ from rlhf_core.cli import METHOD_OPTIONS, run_recipe, shell_completion
 from rlhf_core.cli.data import print_mistakes
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
-from rlhf_core.infra.errors import ConfigError, Interrupted
+from rlhf_core.infra.errors import ConfigError, Interrupted, StorageError
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.result import TrainResult
@@ -105,6 +105,14 @@ def train(
         raise interrupted from error
     if rank == 0:
         _report(result, as_json=as_json)
+        if result.push_error is not None:
+            # The run is whole, and recorded as done; but not all that was asked for was done.
+            raise StorageError(
+                "the run is done and its model saved, and wasn't pushed",
+                place="push_to_hub",
+                got=result.push_error,
+                fix=f"`rlhf push {result.output} {job.options.push_to_hub.repo}`",  # type: ignore[union-attr]
+            )
     return None
 
 

@@ -303,6 +303,18 @@ class OptimizerConfig(BaseConfig):
         return self
 
 
+class PushConfig(BaseConfig):
+    """The upload of `model/` to the Hugging Face hub when a run has ended; `push_to_hub: owner/name` sets the name alone."""
+
+    alone = "repo"
+
+    repo: str = Field(min_length=1, description="Repository on the hub, `owner/name`, which is made where need be.")
+    private: bool = Field(
+        False, description="Make the repository private; one that exists and is public is then refused."
+    )
+    revision: str | None = Field(None, description="Branch to upload to, made where need be; null is the main one.")
+
+
 class BatchingConfig(BaseConfig):
     """How a step's rows are laid out in forward passes. None of these changes a gradient beyond rounding."""
 
@@ -502,6 +514,10 @@ class TrainerConfig(BaseConfig):
     ewc: EWCConfig | None = Field(
         None,
         description="Hold on to earlier tasks: weights that they need change less. Null lets every weight change alike.",
+    )
+    push_to_hub: PushConfig | None = Field(
+        None,
+        description="Upload `model/` with its card to the hub at the end; the name and token are checked first.",
     )
     distributed: DistributedConfig = Field(
         default_factory=DistributedConfig, description="Processes that train together."

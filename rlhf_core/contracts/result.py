@@ -37,5 +37,9 @@ class TrainResult:
     """Its value at `best_step`; None where it was never finite."""
     model_step: int | None = None
     """The step whose weights `model_dir` holds and the trainer's models have."""
+    pushed: str | None = None
+    """The address on the hub that `model_dir` was uploaded to; None where it wasn't."""
+    push_error: str | None = None
+    """Why the upload failed that `push_to_hub` asked for; the run itself is whole."""
     status: Literal["done"] = "done"
     """A run that ends otherwise raises an error."""

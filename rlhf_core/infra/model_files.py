@@ -103,7 +103,7 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         beside = any((path.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
         fix = f"give the model's directory, {path.parent}" if beside else "give a model's directory, or a `.gguf` file"
         raise ModelError("is a file, and no model", place=source, fix=fix)
-    if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):
+    if not is_hub_name(source):
         problem = f"no such model directory or file{looked_in(source)}"
         raise ModelError(problem, place=source, fix=unexpanded(source) or _near_of(source))
     return source, {}
@@ -113,6 +113,12 @@ def _near_of(source: str) -> str | None:
     """Return a hint for a path that doesn't exist: the nearest name, wherever it was looked for."""
     hints = [near_path(Path(one).expanduser()) for one in places_of(source)]
     return next((hint for hint in hints if hint is not None and hint.startswith("did you mean")), hints[0])
+
+
+def is_hub_name(source: str) -> bool:
+    """Tell whether a text can be a model's name on the hub, by its form alone."""
+    written_as_path = Path(source).is_absolute() or source.startswith((".", "~"))
+    return not written_as_path and _HUB_NAME.fullmatch(source) is not None
 
 
 def near_path(path: Path) -> str | None:

@@ -10,6 +10,17 @@ from typing import Any
 
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.infra.files import read_json, replace_file, replace_json, sha256_of, to_json
+from rlhf_core.infra.model_card import (
+    hub_name,
+    library_values,
+    licence_of,
+    loading_lines,
+    public_text,
+    render,
+    root_of,
+    shown_name,
+    write_card,
+)
 from rlhf_core.infra.model_files import INDEX
 from rlhf_core.infra.redact import redact_text
 from rlhf_core.infra.version import __version__
@@ -62,7 +73,7 @@ def write_side_files(
             chat_template.write(path, text)
     recipe = recipe_of(config)
     replace_file(path / RECIPE, recipe.encode())
-    replace_file(path / "README.md", _card(plan, config, chosen, details, recipe).encode())
+    write_card(path, _card(path, plan, config, chosen, details, recipe))
 
 
 def recipe_of(config: MergeConfig) -> str:
@@ -131,29 +142,41 @@ def _copy(names: Sequence[str], places: Sequence[Path], path: Path) -> None:
 
 
 def _card(
-    plan: Plan, config: MergeConfig, chosen: Sequence[tuple[int, Value]], details: dict[str, Any], recipe: str
+    path: Path,
+    plan: Plan,
+    config: MergeConfig,
+    chosen: Sequence[tuple[int, Value]],
+    details: dict[str, Any],
+    recipe: str,
 ) -> str:
     """Return the model card: what was merged, how, and the inputs' fingerprints."""
     entries = [(plan.base, "base", "")] if plan.base is not None else []
     entries += [(plan.models[number], "model", _listed(weight)) for number, weight in chosen]
     inputs = [one for one, _, _ in entries]
+    licences = {one.name: licence_of(one.name) for one in inputs}
+    found = [dict(one.values) for one in licences.values()]
+    named = list(dict.fromkeys(name for one in inputs if (name := hub_name(root_of(one.name))) is not None))
+    folded = config.method == "passthrough" and len(inputs) == 1 and inputs[0].base is not None
     header = {
-        "library_name": "transformers",
+        "base_model": named,  # the hub takes names on the hub alone
+        "base_model_relation": ("finetune" if folded else "merge") if named else None,
+        **(found[0] if all(one == found[0] for one in found) else {}),
+        **library_values(path),
         "tags": ["merge", "rlhf_core", config.method],
     }
-    # The hub takes names on the hub alone.
-    if named := list(dict.fromkeys(one.name for one in inputs if not Path(one.name).expanduser().exists())):
-        header["base_model"] = named
-    rows = [f"| {one.name} | {kind} | {weight} | `{one.fingerprint.hex()}` |" for one, kind, weight in entries]
+    rows = [
+        f"| {shown_name(one.name)} | {kind} | {weight} | `{one.fingerprint.hex()}` |" for one, kind, weight in entries
+    ]
+    title = f"{shown_name(inputs[0].name)}, folded into its base" if folded else f"Merge by {config.method}"
     lines = [
-        "---",
-        redact_text(dump_yaml(header)).rstrip(),
-        "---",
-        "",
-        f"# Merge by {config.method}",
+        f"# {title}",
         "",
         f"Made by rlhf_core {__version__}. `rlhf merge {RECIPE} --output DIR`, from the directory where that was done,",
         "makes it again, bit for bit on the same machine.",
+        "",
+        *loading_lines(path),
+        "",
+        "## Merged",
         "",
         "| input | as | weight | fingerprint |",
         "|---|---|---|---|",
@@ -163,17 +186,21 @@ def _card(
         "",
         *([f"{name}: {value}" for name, value in details.items()] + [""] if details else []),
         "```yaml",
-        recipe.rstrip(),
+        public_text(recipe).rstrip(),
         "```",
+        "",
+        "## Licence",
+        "",
+        *dict.fromkeys(one.sentence for one in licences.values()),
     ]
     if config.hash_inputs:
         lines += ["", "| input file | SHA-256 |", "|---|---|"]
         lines += [
-            f"| {one.name}: {file.path.name} | `{sha256_of(file.path).sha256}` |"
+            f"| {shown_name(one.name)}: {file.path.name} | `{sha256_of(file.path).sha256}` |"
             for one in inputs
             for file in one.files
         ]
-    return "\n".join(lines) + "\n"
+    return render(header, lines)
 
 
 def _listed(weight: Value) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,17 +11,22 @@ from torch import nn
 
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.files import fsync_directory, remove_tree, replaced_path, storage_errors, temporary_path
+from rlhf_core.infra.model_card import CARD, is_own, write_card
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.setup import trained_roles
+
+Card = Callable[[str, Path], str]
+"""Returns the card of a role's model that was just saved in a directory."""
 
 PRIMARY = "policy"
 """The role that is exported to `model/`."""
 
 
-def export_models(trainer: Trainer, distribution: Distribution) -> Path | None:
+def export_models(trainer: Trainer, distribution: Distribution, card: Card) -> Path | None:
     """Write the trained policy to `model/`, every other trained role to `model_ROLE/`; return the first directory.
 
-    Where no policy is trained, the first trained role is written to `model/`. Without a run directory nothing is written.
+    Where no policy is trained, the first trained role is written to `model/`. Without a run directory nothing is written. Each
+    directory has a card, unless one of the user's own is there already.
     """
     output = trainer.output
     if output is None:
@@ -28,11 +35,11 @@ def export_models(trainer: Trainer, distribution: Distribution) -> Path | None:
     main = PRIMARY if PRIMARY in trained else trained[0]
     for role in trained:
         target = output / ("model" if role == main else f"model_{role}")
-        distribution.on_main(partial(_export, trainer.models[role], target))
+        distribution.on_main(partial(_export, trainer.models[role], target, partial(card, role)))
     return output / "model"
 
 
-def _export(module: nn.Module, target: Path) -> None:
+def _export(module: nn.Module, target: Path, card: Callable[[Path], str]) -> None:
     """Save a model beside its directory and rename it, so that a kill leaves the earlier directory or the new one."""
     temporary, old = temporary_path(target), replaced_path(target)
     with storage_errors(target, sum(parameter.nbytes for parameter in module.parameters())):
@@ -40,6 +47,10 @@ def _export(module: nn.Module, target: Path) -> None:
             remove_tree(leftover)
         temporary.mkdir()
         module.save_pretrained(temporary)  # type: ignore[operator]
+        if is_own(target):
+            shutil.copyfile(target / CARD, temporary / CARD)
+        else:
+            write_card(temporary, card(temporary))
         if target.exists():
             target.rename(old)
         temporary.rename(target)

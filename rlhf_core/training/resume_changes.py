@@ -12,6 +12,7 @@ from rlhf_core.infra.errors import ConfigError, nearest
 MAY_CHANGE = (
     "output", "logging", "checkpoint", "distributed", "micro_batch_size", "batching.micro_batch_tokens", "max_logprob_gap",
     "kl_budget",
+    "push_to_hub",
 )  # fmt: skip
 """Options that a resumed run may change. None of them changes what a step computes, beyond rounding."""
 

@@ -8,6 +8,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rlhf_core.contracts.result import TrainResult
@@ -27,11 +29,13 @@ from rlhf_core.training.engine_gap import FirstGap
 from rlhf_core.training.evaluation_schedule import EvaluationSchedule
 from rlhf_core.training.export import export_models
 from rlhf_core.training.fixed_prompts import FixedPrompts
+from rlhf_core.training.hub_push import HubPush
 from rlhf_core.training.logger import TrainingLogger
 from rlhf_core.training.loop import TrainingLoop
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.optimizer import Schedule, warn_of_rate_for_every_weight
 from rlhf_core.training.resume_changes import OptionChange, check_changes
+from rlhf_core.training.run_card import run_card
 from rlhf_core.training.run_data import open_stream
 from rlhf_core.training.run_directory import RunDirectory, refuse_inputs_inside
 from rlhf_core.training.run_record import (
@@ -160,6 +164,7 @@ class Run:
         """Build, open, check and restore everything that the first step needs."""
         setup, config = self.setup, self.trainer.config
         self._check_resumable()
+        self.push = HubPush.checked(self.trainer, self.distribution)
         share_choices(self)
         setup.build_models()
         if setup.config is not config:  # the model has decided `max_length`
@@ -360,7 +365,8 @@ class Run:
                 best.best,
             )
         with self.stopping_at_once():
-            model_dir = export_models(self.trainer, self.distribution)
+            card = partial(run_card, self, model_step=model_step)
+            model_dir = export_models(self.trainer, self.distribution, card)
         result = TrainResult(
             step=progress.step,
             metrics=progress.metrics,
@@ -386,6 +392,10 @@ class Run:
             "model_step": model_step,
         }
         self.directory.end("done", 0, step=progress.step)
+        if self.push is not None:  # whether it succeeds is no part of how the run ended
+            pushed, push_error = self.push.push(model_dir, step=progress.step)
+            result = replace(result, pushed=pushed, push_error=push_error)
+            self.directory.update(pushed=pushed, push_error=push_error)
         self.logger.event(
             "run_ended", step=progress.step, stopped_early=result.stopped_early, because=result.stopped_because,
             model_step=model_step,

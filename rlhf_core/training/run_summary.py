@@ -25,4 +25,6 @@ def summary_lines(result: TrainResult) -> list[str]:
         lines.append(f"model: {result.model_dir}{f' (of step {result.model_step}, the best)' if earlier else ''}")
     if result.output is not None:
         lines.append(f"run: {result.output}")
+    if result.pushed is not None:
+        lines.append(f"pushed: {result.pushed}")
     return lines

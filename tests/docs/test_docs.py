@@ -307,6 +307,19 @@ def test_python(tmp_path: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_publishing(tmp_path: Path, environment: dict[str, str]) -> None:
+    run_page("docs/publishing.md", tmp_path, environment)
+    for name in (
+        "exports/first/model.safetensors",
+        "exports/early/adapter_config.json",
+        "merged/first/model.safetensors",
+    ):
+        assert (tmp_path / name).is_file()
+    (options,) = (text for language, text in blocks("docs/publishing.md") if language == "yaml")
+    assert SFTTrainer.Config.parse(yaml.safe_load(options)).push_to_hub.repo == "me/first"
+
+
+@pytest.mark.slow
 def test_hooks(tmp_path: Path, environment: dict[str, str]) -> None:
     """The listing beside the commands is the package's own, and the warning is one that a run gives."""
     printed = run_page("docs/hooks.md", tmp_path, environment)

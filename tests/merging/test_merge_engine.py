@@ -325,9 +325,9 @@ def test_the_card_gives_each_entry_its_own_weight(family: tuple[Path, list[Path]
     merge("linear", entries, tmp_path / "out")
     rows = [line.split("|") for line in (tmp_path / "out/README.md").read_text().splitlines() if "| model |" in line]
     found = [(row[1].strip(), row[3].strip()) for row in rows]
-    assert found == [(model, "0.25"), (other, "0.5"), (model, "by layer")]
+    assert found == [("model-0", "0.25"), ("model-1", "0.5"), ("model-0", "by layer")]
     score = {model: 1.0, other: 2.0}
     souped = [{"model": model, "weight": 1.0}, {"model": other, "weight": 1.0}]
     merge("greedy_soup", souped, tmp_path / "soup", evaluate=lambda path: score.get(str(path), 0.0))
     rows = [line.split("|") for line in (tmp_path / "soup/README.md").read_text().splitlines() if "| model |" in line]
-    assert [(row[1].strip(), row[3].strip()) for row in rows] == [(other, "1")]
+    assert [(row[1].strip(), row[3].strip()) for row in rows] == [("model-1", "1")]
