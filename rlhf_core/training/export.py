@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from rlhf_core.contracts.trainer import Trainer
+from rlhf_core.infra.errors import StorageError, describe_error
 from rlhf_core.infra.files import fsync_directory, remove_tree, replaced_path, storage_errors, temporary_path
 from rlhf_core.infra.model_card import CARD, is_own, write_card
 from rlhf_core.training.distribution import Distribution
@@ -17,6 +19,8 @@ from rlhf_core.training.setup import trained_roles
 
 Card = Callable[[str, Path], str]
 """Returns the card of a role's model that was just saved in a directory."""
+
+log = logging.getLogger(__name__)
 
 PRIMARY = "policy"
 """The role that is exported to `model/`."""
@@ -50,9 +54,20 @@ def _export(module: nn.Module, target: Path, card: Callable[[Path], str]) -> Non
         if is_own(target):
             shutil.copyfile(target / CARD, temporary / CARD)
         else:
-            write_card(temporary, card(temporary))
+            _write_card(temporary, card)
         if target.exists():
             target.rename(old)
         temporary.rename(target)
         fsync_directory(target.parent)
         remove_tree(old)
+
+
+def _write_card(directory: Path, card: Callable[[Path], str]) -> None:
+    """Write a model's card; a fault in it is a warning, for a model must not be lost for the sake of its description."""
+    try:
+        write_card(directory, card(directory))
+    except StorageError:
+        raise
+    except Exception as error:
+        log.warning("the model card couldn't be written: %s", describe_error(error))
+        log.debug("the model card couldn't be written", exc_info=True)

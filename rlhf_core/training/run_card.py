@@ -48,7 +48,7 @@ def run_card(run: Run, role: str, directory: Path, *, model_step: int | None = N
     """
     trainer, step = run.trainer, run.progress.step if model_step is None else model_step
     origin, source = method_origin(trainer), _source_of(trainer, role)
-    method = str(origin.get("name") or origin["target"])
+    method = _name_of(origin)
     named = hub_name(root_of(source)) if source else None
     licence = licence_of(source) if source else None
     header = {
@@ -105,6 +105,11 @@ def _source_of(trainer: Trainer[Any], role: str) -> str:
     return str(own or given)
 
 
+def _name_of(origin: Mapping[str, Any]) -> str:
+    """Return a method's name, or of one that has none its class."""
+    return str(origin.get("name") or origin.get("target") or "a method")
+
+
 def _relation(directory: Path) -> str:
     return "adapter" if is_adapter(str(directory)) else "finetune"
 
@@ -134,7 +139,7 @@ def _summary(run: Run, directory: Path, *, role: str, base: str, origin: Mapping
     """Return a table of what was done: method, papers, base, parameters, steps, rewards."""
     trainer, progress = run.trainer, run.progress
     summary = str(origin.get("summary") or (inspect.getdoc(type(trainer)) or "").split("\n")[0])
-    rows = {"method": f"`{origin.get('qualified') or origin['target']}`: {cell(summary)}"}
+    rows = {"method": f"`{origin.get('qualified') or _name_of(origin)}`: {cell(summary)}"}
     if cited := papers(type(trainer)):
         links = ", ".join(f"[{cell(who)}](https://arxiv.org/abs/{number})" for who, number in cited)
         rows["papers that its code cites"] = links
