@@ -7,21 +7,10 @@ from pathlib import Path
 
 import pytest
 from hub_stand_in import TOKEN, Hub, serving
+from small_runs import train
 
-from rlhf_core import registry
 from rlhf_core.cli import main
 from rlhf_core.testing.tiny import save_tiny
-
-ROWS = [{"prompt": f"{n} and {n}: ", "response": f"{2 * n}"} for n in range(8)]
-
-
-def train(model: Path, output: Path, *, method: str = "sft", rows: list | None = None, **options):
-    """Train for two steps; return the result."""
-    cls = registry.get("trainer", method)
-    config = cls.Config(
-        **{"max_steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging": {"progress": False}} | options
-    )
-    return cls(config, model=str(model), data=rows or ROWS, eval_data=(rows or ROWS)[:2], output=output).train()
 
 
 @pytest.fixture(scope="session")

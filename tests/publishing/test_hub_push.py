@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ROWS, train  # type: ignore[import-not-found]
 from hub_stand_in import Hub
 from huggingface_hub import ModelCard, constants
+from small_runs import ROWS, train
 
 from rlhf_core import push_to_hub, registry
 from rlhf_core.infra.errors import ConfigError, StorageError
