@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.infra.errors import ConfigError, RLHFError, StorageError, first_line
-from rlhf_core.infra.model_card import CARD, HERE, MARK, front_matter, hub_name, public_text, render, with_loading
+from rlhf_core.infra.model_card import (
+    CARD,
+    HERE,
+    MARK,
+    front_matter,
+    hub_name,
+    is_users,
+    public_text,
+    render,
+    with_loading,
+)
 from rlhf_core.infra.model_files import adapter_base, is_adapter, is_hub_name
 
 log = logging.getLogger(__name__)
@@ -141,8 +151,7 @@ def _has_own_card(api: Any, target: HubTarget, place: Path) -> bool:
         found = api.hf_hub_download(target.repo, CARD, revision=target.revision, local_dir=place / "there")
     except (EntryNotFoundError, RevisionNotFoundError):  # also of a repository without a commit
         return False
-    text = Path(found).read_text(encoding="utf-8", errors="replace")
-    return bool(text.strip()) and MARK not in text
+    return is_users(Path(found).read_text(encoding="utf-8", errors="replace"))
 
 
 def _stage(directory: Path, staged: Path, repo: str, base: str | None) -> None:

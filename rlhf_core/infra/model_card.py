@@ -24,6 +24,8 @@ MARK = "<!-- Written by rlhf_core, which replaces this file; without this line i
 HERE = "path/to/this/folder"
 """How a card's examples name the model; an upload puts the model's name on the hub in its place."""
 
+_UNFILLED, _FORM = "[More Information Needed]", 20
+"""What stands in the form that peft and transformers save, and how often at least where nobody filled it in; it has some 40."""
 _FRONT = re.compile(r"\A\ufeff?---\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LOADING = re.compile(rf"^## Load it$.*?(?=^## |^{re.escape(MARK)}$|\Z)", re.MULTILINE | re.DOTALL)
 _ABSOLUTE = re.compile(
@@ -78,9 +80,17 @@ def render(header: Mapping[str, Any], lines: Sequence[str]) -> str:
 
 
 def is_own(directory: Path) -> bool:
-    """Tell whether a directory holds a `README.md` of the user's own: one that we didn't write, or that they took over."""
+    """Tell whether a directory holds a `README.md` of the user's own: one that we didn't write, or that they took over.
+
+    The form that peft and transformers save, with nothing filled in, is nobody's.
+    """
     path = directory / CARD
-    return path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")
+    return path.is_file() and is_users(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def is_users(text: str) -> bool:
+    """Tell whether a card is somebody's own: neither ours, nor empty, nor the form of peft and transformers as it comes."""
+    return bool(text.strip()) and MARK not in text and text.count(_UNFILLED) < _FORM
 
 
 def write_card(directory: Path, text: str) -> None:

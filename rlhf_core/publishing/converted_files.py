@@ -15,7 +15,7 @@ from rlhf_core.infra.model_files import HEADS, INDEX
 from rlhf_core.infra.safetensors_file import encode_header
 from rlhf_core.merging.tensor_reader import WeightFile
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 """Elements that are converted at once: a part of a large tensor, never a whole file."""
 
 

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, ModelError, StorageError
 from rlhf_core.infra.files import (
     fsync_directory,
@@ -22,7 +21,7 @@ from rlhf_core.infra.files import (
     temporary_path,
 )
 from rlhf_core.infra.hub_upload import HubTarget, check_target, name_base, push_folder
-from rlhf_core.infra.model_card import CARD, MARK, is_own, write_card
+from rlhf_core.infra.model_card import CARD, is_own, write_card
 from rlhf_core.infra.model_files import INDEX, check_files, is_adapter, is_hub_name
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.merge import ModelMerger
@@ -31,7 +30,6 @@ from rlhf_core.publishing import gguf as gguf_files
 from rlhf_core.publishing.converted_files import copy_model
 from rlhf_core.publishing.exported_card import exported_card
 from rlhf_core.publishing.saved_model import SavedModel, find_saved_model
-from rlhf_core.training.checkpoint_policy import checkpoint_policy
 
 log = logging.getLogger(__name__)
 
@@ -188,10 +186,12 @@ def _require_writable(target: Path, found: SavedModel, *, overwrite: bool) -> No
 
 def _save_checkpoint(found: SavedModel, target: Path) -> Path:
     """Save the policy of a checkpoint as the run would have saved it at its end; this takes the model's memory."""
+    # Only here is a model built, and transformers' models imported, which takes seconds.
+    from rlhf_core.infra.devices import DeviceManager
+    from rlhf_core.training.checkpoint_policy import checkpoint_policy
+
     assert found.checkpoint is not None
     checkpoint_policy(found.checkpoint, "float32", DeviceManager("cpu")).save_pretrained(target)
-    if (card := target / CARD).is_file() and MARK not in card.read_text(encoding="utf-8"):
-        card.unlink()  # peft's form, with nothing filled in
     return target
 
 
@@ -231,10 +231,11 @@ def _write_card(source: Path, work: Path, target: Path, *, notes: list[str], bas
     _check_base(source, base)
     if base is not None and is_adapter(str(work)):
         name_base(work, base)
-    if is_own(target):
-        (work / CARD).write_bytes((target / CARD).read_bytes())
-    elif (text := exported_card(source, work, notes=notes, base=base)) is not None:
-        write_card(work, text)
+    kept = next((place for place in (target, source) if is_own(place)), None)
+    if kept is not None:
+        (work / CARD).write_bytes((kept / CARD).read_bytes())
+    else:
+        write_card(work, exported_card(source, work, notes=notes, base=base))
 
 
 def _check_base(source: Path, base: str | None) -> None:

@@ -21,20 +21,19 @@ from rlhf_core.infra.model_card import (
 from rlhf_core.infra.model_files import is_adapter
 
 
-def exported_card(source: Path, made: Path, *, notes: list[str], base: str | None = None) -> str | None:
-    """Return the card of an exported model; None where the source has a `README.md` of the user's own, which is kept.
+def exported_card(source: Path, made: Path, *, notes: list[str], base: str | None = None) -> str:
+    """Return the card of an exported model, from the one of ours that it had, else a new one.
 
     Args:
-        source: the model's directory, with its card.
+        source: the model's directory.
         made: where the export is.
         notes: sentences on what the export did.
         base: the base's name on the hub.
     """
-    text = _read(source)
-    if text is not None and MARK not in text:
-        return None
+    path = source / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     said = "Exported by rlhf_core" + (f": {'; '.join(notes)}." if notes else ", as it was saved.")
-    if text is None:
+    if MARK not in text:
         text = _plain_card(source, made)
     header = front_matter(text) | library_values(made)
     header["tags"] = [tag for tag in header.get("tags") or [] if tag != "lora" or is_adapter(str(made))]
@@ -43,11 +42,6 @@ def exported_card(source: Path, made: Path, *, notes: list[str], base: str | Non
     body = text.partition("\n---\n")[2].replace(MARK, "").strip("\n")
     title, _, rest = with_loading(body, made).partition("\n")
     return with_base(render(header, [title, "", said, "", *rest.strip("\n").split("\n")]), base)
-
-
-def _read(directory: Path) -> str | None:
-    path = directory / CARD
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def _plain_card(source: Path, made: Path) -> str:

@@ -151,7 +151,19 @@ def test_the_card_says_what_the_export_did_and_the_users_own_is_kept(adapter_run
     (made / "README.md").write_text("# Mine\n")
     again = export_model(adapter_run, tmp_path / "whole", overwrite=True).output
     assert (again / "README.md").read_text() == "# Mine\n" and (again / "adapter_config.json").is_file()
-    assert (export_model(again, tmp_path / "copy").output / "README.md").read_text() == "# Mine\n"
+    for number, merged in enumerate((False, True)):
+        copy = export_model(again, tmp_path / f"copy-{number}", merged=merged).output
+        assert (copy / "README.md").read_text() == "# Mine\n"
+
+
+def test_the_form_that_peft_saves_is_nobodys_card(base: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    assert "[More Information Needed]" in (tmp_path / "adapter" / "README.md").read_text()
+    for merged in (False, True):
+        made = export_model(tmp_path / "adapter", tmp_path / "out", merged=merged, overwrite=True).output
+        text = (made / "README.md").read_text()
+        assert MARK in text and "More Information" not in text and front_matter(text)["license"] == "apache-2.0"
 
 
 def test_an_adapter_gets_its_bases_name_on_the_hub(adapter_run: Path, base: Path, tmp_path: Path) -> None:
