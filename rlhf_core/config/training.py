@@ -380,6 +380,12 @@ class DatasetConfig(BaseConfig):
         description="What rows of plain text are: `chat` makes a prompt the user's turn and a response the assistant's, `none`"
         " keeps them as they are. Null takes what the model was trained with, else `none`, and warns where there is a template.",
     )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that tokenise rows; more are faster and take more memory. Null takes one per processor, at most 8,"
+        " for data of more than 4 MiB. The rows are the same for any number.",
+    )
     turns: Literal["together", "each"] = Field(
         "together",
         description="How a conversation trains: `together` is one row with every assistant turn in the loss; `each` makes every"

@@ -30,10 +30,13 @@ class DataReport:
         name: the data's name, for messages.
         files: each source's content fingerprint.
         template_sha256: hash of the chat template; None where there is none.
+        quiet: whether it logs nothing, for counts of rows that are merged into another report.
     """
 
-    def __init__(self, record: str, name: str, *, files: list[dict[str, Any]], template_sha256: str | None) -> None:
-        self.record, self.name = record, name
+    def __init__(
+        self, record: str, name: str, *, files: list[dict[str, Any]], template_sha256: str | None, quiet: bool = False
+    ) -> None:
+        self.record, self.name, self.quiet = record, name, quiet
         self.files, self.template_sha256 = files, template_sha256
         self._logged: set[str] = set()
         self.reset()
@@ -114,6 +117,22 @@ class DataReport:
             label = "desirable" if desirable else "undesirable"
             self.labels[label] = self.labels.get(label, 0) + 1
 
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add the counts of the rows that follow, of which another report has the `state_dict`."""
+        for name, value in state.items():
+            mine = getattr(self, name)
+            if name == "complete":
+                continue
+            if not isinstance(value, dict):
+                setattr(self, name, mine + value)
+            elif name == "labels":
+                self.labels = {key: mine.get(key, 0) + value.get(key, 0) for key in {**mine, **value}}
+            else:
+                for key, tally in value.items():
+                    if key not in mine and name == "shapes":
+                        self._log_shape(key)
+                    mine[key] = _joined(mine[key], tally) if key in mine else _copied(tally)
+
     def finish(self) -> None:
         """End the pass: warn of dropped and truncated rows, once.
 
@@ -165,7 +184,7 @@ class DataReport:
 
     def _log(self, level: int, line: str) -> None:
         """Log a line, once, however often the rows are read."""
-        if line not in self._logged:
+        if line not in self._logged and not self.quiet:
             self._logged.add(line)
             logger.log(level, "%s", line)
 
@@ -248,6 +267,18 @@ def _tally(tallies: dict[str, dict[str, Any]], name: str, place: str) -> None:
     tally["rows"] += 1
     if len(tally["examples"]) < _EXAMPLES:
         tally["examples"].append(place)
+
+
+def _joined(tally: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tally of some rows and those that follow: counts added, of places and other lists the first five."""
+    joined = {**other, **tally}
+    for name in {*tally} & {*other}:
+        if isinstance(tally[name], int):
+            joined[name] = tally[name] + other[name]
+        elif isinstance(tally[name], list):
+            known = tally[name] if name == "tokens" else []  # each is listed once, but a place as often as it is met
+            joined[name] = [*tally[name], *(one for one in other[name] if one not in known)][:_EXAMPLES]
+    return joined
 
 
 def _named(columns: Sequence[str]) -> str:

@@ -208,6 +208,12 @@ class Encoder:
         """Return which kinds of rows were encoded so far, as JSON values."""
         return {"chats": self.chats, "wrapped": self.wrapped, "plain": self.plain}
 
+    def absorb(self, state: Mapping[str, bool]) -> None:
+        """Add which kinds of rows another encoder encoded."""
+        self.chats, self.wrapped, self.plain = (
+            self.chats or state["chats"], self.wrapped or state["wrapped"], self.plain or state["plain"],
+        )  # fmt: skip
+
     def load_state_dict(self, state: Mapping[str, bool]) -> None:
         """Restore what `state_dict` returned, where the same rows are loaded instead of encoded."""
         self.chats, self.wrapped, self.plain = state["chats"], state["wrapped"], state["plain"]

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch.utils.data
 
-from rlhf_core.data.encoded_data import EncodedData, Position, add_to_hash
+from rlhf_core.data.encoded_chunks import encoded_chunks
+from rlhf_core.data.encoded_data import EncodedData, Position
 from rlhf_core.data.encoder import EncodedRow, RowOutcome
 from rlhf_core.data.row_cache import CacheEntry, Write, encoded_table
+from rlhf_core.infra.forked_calls import may_fork, usable_processors
 from rlhf_core.infra.seeds import random_generator
 
 logger = logging.getLogger(__name__)
 
-_ENCODE = 1024
 _FETCH = 256
 
+SERIAL = 4 << 20
+"""Data of less bytes are encoded by this process alone: it takes a second or two."""
+MOST = 8
+"""Processes that encode where `dataset.processes` doesn't say how many."""
 SMALL = 256 << 10
 """Data of at most so many bytes stay in memory and aren't cached: tokenising them takes well under a second."""
 
@@ -48,21 +53,24 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
         """Read, check and encode all rows, hand them to `write`, and return what was reported, to be kept with them."""
         digest = hashlib.sha256()
         self.report.reset()
-        rows = self.source.rows()
-        while chunk := list(itertools.islice(rows, _ENCODE)):
-            kept = []
-            for outcome in self.encoder.encode(chunk):
-                self.report.add(outcome, strict=self.options.strict)
-                if outcome.row is not None:
-                    add_to_hash(digest, outcome.row)
-                    kept.append(outcome.row)
-            write(kept)
+        with closing(encoded_chunks(self.encoder, self.source.rows(), self._processes(), self.options)) as chunks:
+            for chunk in chunks:
+                self.report.merge(chunk.report)
+                digest.update(chunk.digest)
+                write(chunk.batch)
         self.report.finish()
         return {
             "fingerprint": digest.hexdigest(),
             "encoder": self.encoder.state_dict(),
             "report": self.report.state_dict(),
         }
+
+    def _processes(self) -> int:
+        """Return how many processes encode the rows: 1 is this process alone."""
+        asked = self.options.processes
+        if asked is None:
+            asked = 1 if self.source.size < SERIAL else min(usable_processors(), MOST)
+        return asked if may_fork() else 1
 
     def _cache_entry(self) -> CacheEntry | None:
         """Return the rows' place in the cache; None where caching is off, or data or tokenizer have no content fingerprint."""
@@ -72,7 +80,8 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
         if encoder is None or not datasets.is_caching_enabled() or not all("sha256" in file for file in files):
             return None
         options = self.options.model_dump(
-            mode="json", exclude={"shuffle", "shuffle_block", "streaming", "split", "eval_split"}
+            mode="json",
+            exclude={"shuffle", "shuffle_block", "streaming", "split", "eval_split", "processes"},
         )
         made_from = {"data": files, "encoder": encoder, "options": options}
         return CacheEntry(self.record, made_from, unchanged=lambda: not self._changed())

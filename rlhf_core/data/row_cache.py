@@ -17,6 +17,7 @@ import platform
 import shutil
 import tempfile
 import uuid
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cache
@@ -24,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from rlhf_core.contracts import records
@@ -47,8 +49,8 @@ SCHEMA = pa.schema(
     }
 )
 
-Write = Callable[[Sequence[EncodedRow]], None]
-"""Stores some encoded rows."""
+Write = Callable[[pa.RecordBatch], None]
+"""Stores some encoded rows, a batch of `SCHEMA`."""
 Encode = Callable[[Write], dict[str, Any]]
 """Encodes all rows, passes them to the `Write` that it gets, and returns what else to keep with them, as JSON values."""
 
@@ -92,7 +94,7 @@ def encoded_table(entry: CacheEntry | None, encode: Encode, *, in_memory: bool) 
             logger.info("%s: a resume tokenises these rows again: %s", entry.path, error)
     if in_memory:
         batches: list[pa.RecordBatch] = []
-        summary = encode(lambda rows: batches.append(_as_arrow(rows)))
+        summary = encode(batches.append)
         import datasets
 
         table = pa.Table.from_batches(batches, schema=SCHEMA)
@@ -280,7 +282,7 @@ def _in_temporary_file(write: Callable[[Path], dict[str, Any]]) -> EncodedTable:
 def _write_arrow(path: Path, encode: Encode) -> dict[str, Any]:
     """Encode rows into an Arrow file; return what `encode` returns."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        return encode(lambda rows: writer.write_batch(_as_arrow(rows)))
+        return encode(writer.write_batch)
 
 
 def _read_arrow(path: Path) -> datasets.Dataset:
@@ -290,11 +292,41 @@ def _read_arrow(path: Path) -> datasets.Dataset:
     return datasets.Dataset.from_file(str(path))
 
 
-def _as_arrow(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
+def as_arrow(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
     """Return rows as a batch of `SCHEMA`."""
-    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names[:-1]}
-    columns["columns"] = [json.dumps([row.per_prompt, row.per_response, row.prompt, row.record]) for row in rows]
-    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+    responses = [ids for row in rows for ids in row.responses]
+    masks = [mask for row in rows for mask in row.masks]
+    counts = [len(row.responses) for row in rows]
+    columns = [json.dumps([row.per_prompt, row.per_response, row.prompt, row.record]) for row in rows]
+    arrays = (
+        pa.array([row.index for row in rows], pa.int64()),
+        _lists([row.prompt_ids for row in rows], _as_int32),
+        pa.ListArray.from_arrays(_offsets(counts), _lists(responses, _as_int32)),
+        pa.ListArray.from_arrays(_offsets(counts), _lists(masks, _as_bool)),
+        pa.array(columns, pa.large_string()),
+    )
+    return pa.RecordBatch.from_arrays(list(arrays), schema=SCHEMA)
+
+
+def _lists(values: Sequence[list[Any]], flat: Callable[[Sequence[list[Any]]], np.ndarray]) -> pa.ListArray:
+    """Return lists as an Arrow array; `flat` returns their values one after the other. Arrow's own conversion is much slower."""
+    return pa.ListArray.from_arrays(_offsets([len(one) for one in values]), pa.array(flat(values)))
+
+
+def _as_int32(values: Sequence[list[int]]) -> np.ndarray:
+    made = array("i")
+    for one in values:
+        made.fromlist(one)
+    return np.frombuffer(made, np.int32)
+
+
+def _as_bool(values: Sequence[list[bool]]) -> np.ndarray:
+    return np.frombuffer(b"".join(map(bytes, values)), np.bool_)
+
+
+def _offsets(lengths: Sequence[int]) -> pa.Array:
+    """Return where each of some lists begins in all of their values, and where the last one ends."""
+    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32))
 
 
 def _sha256(value: Any) -> str:

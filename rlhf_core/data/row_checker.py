@@ -102,6 +102,27 @@ class RowChecker:
         self._complete = False
         """Whether an earlier row had every required column."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rows so far had: a margin, or None where there was no row yet; and whether one had every column."""
+        return {"margin": self._margin, "complete": self._complete}
+
+    def reset(self) -> None:
+        """Forget the rows so far."""
+        self._margin, self._complete = None, False
+
+    def absorb(self, state: Mapping[str, Any]) -> bool:
+        """Go on as after rows that another checker has checked from its beginning; False where they don't follow those so far.
+
+        Args:
+            state: of that checker, after those rows.
+        """
+        margin = state["margin"]
+        if margin is not None and self._margin not in (None, margin):
+            return False
+        self._margin = margin if self._margin is None else self._margin
+        self._complete = self._complete or state["complete"]
+        return True
+
     def check(self, row: Row) -> CheckedRow:
         """Return the row's prompt, responses and other columns.
 

@@ -33,7 +33,9 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
         options = [
             self.record,
             self.encoder.max_length,
-            self.options.model_dump(exclude={"shuffle", "strict", "split", "eval_split", "ignore_columns"}),
+            self.options.model_dump(
+                exclude={"shuffle", "strict", "split", "eval_split", "ignore_columns", "processes"}
+            ),
         ]
         identity = [{**file, "name": None} for file in self.report.files]
         digest = hashlib.sha256(json.dumps([options, identity], sort_keys=True).encode())

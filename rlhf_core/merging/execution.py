@@ -11,12 +11,13 @@ import torch
 
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ModelError
+from rlhf_core.infra.forked_calls import may_fork
 from rlhf_core.merging.merge_input import MergeInput
 from rlhf_core.merging.one_tensor import guarded, merged_chunks
 from rlhf_core.merging.output import Output
 from rlhf_core.merging.plan import Plan, PlannedTensor
 from rlhf_core.merging.streams import CHUNK, THREADS_CHUNK, TensorStream
-from rlhf_core.merging.workers import Advance, may_fork, spread
+from rlhf_core.merging.workers import Advance, spread
 
 _GPU_CHUNK = 1 << 24
 _COPIED = 1 << 22

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, ModelError, NumbersError, PluginError
 from rlhf_core.infra.files import storage_errors
+from rlhf_core.infra.forked_calls import usable_processors
 from rlhf_core.merging import chat_template
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.execution import MergeExecution
@@ -84,7 +84,7 @@ class ModelMerger:
         kind: Any = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.device = DeviceManager(kind).device
         self._whole = self.method.merger.chunk_shape == "tensor"
-        self.threads = config.threads or (min(_cores(), _WHOLE) if self._whole else _cores())
+        self.threads = config.threads or (min(usable_processors(), _WHOLE) if self._whole else usable_processors())
         self.details: dict[str, Any] = {}
         self._resume = self._overwrite = False
 
@@ -254,8 +254,3 @@ class ModelMerger:
             raise
         finally:
             output.close()
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

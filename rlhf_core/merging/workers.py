@@ -13,7 +13,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -38,14 +37,6 @@ _KEPT = 16 << 20
 """Bytes up to which freed memory is kept: many chunks, below the 32 MiB above which glibc always maps."""
 _EVERY = 0.05
 """Seconds between two messages of a worker about how far it is."""
-
-
-def may_fork() -> bool:
-    """Tell whether this process may be forked: a lock that another thread held would stay held for ever.
-
-    Python's threads are counted. Those of BLAS and OpenMP, which wait for work, are not: the libraries see to them at a fork.
-    """
-    return sys.platform == "linux" and threading.active_count() == 1 and not multiprocessing.current_process().daemon
 
 
 def spread(

@@ -24,7 +24,7 @@ from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data import PreferenceDataset, SFTDataset
 from rlhf_core.data.chat_rendering import rendered_at
 from rlhf_core.data.encoder import EncodedRow
-from rlhf_core.data.row_cache import CacheEntry, encoded_table
+from rlhf_core.data.row_cache import CacheEntry, as_arrow, encoded_table
 from rlhf_core.infra.errors import DataError
 
 MARK = "a word that stands in rows only"
@@ -102,7 +102,7 @@ def one_row(cache, before=lambda: None):
 
     def encode(write):
         before()
-        write([EncodedRow(0, [1, 2], [[3]], [[True]])])
+        write(as_arrow([EncodedRow(0, [1, 2], [[3]], [[True]])]))
         return {"fingerprint": "f"}
 
     entry = CacheEntry("sft", {"data": "one row"}, unchanged=lambda: True)

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from rlhf_core.infra.errors import ModelError, RemoteError, StorageError
-from rlhf_core.merging.workers import Advance, may_fork, spread
+from rlhf_core.infra.forked_calls import may_fork
+from rlhf_core.merging.workers import Advance, spread
 
 both = pytest.mark.parametrize("forked", [True, False], ids=["processes", "threads"])
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
