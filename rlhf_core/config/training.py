@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -402,6 +402,8 @@ class TrainerConfig(BaseConfig):
     """Options that every trainer has. A method's own configuration inherits these and adds its own."""
 
     beside = ("model", "data", "eval_data", "output")
+    switched: ClassVar[tuple[str, ...]] = ("lora", "early_stopping", "keep_best")
+    """Groups that true and false switch on and off."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak step size; larger learns faster and may diverge.")
     batch_size: int = Field(
@@ -589,7 +591,7 @@ class TrainerConfig(BaseConfig):
         """Take `lora: true` as its defaults and `lora: false` as none; `early_stopping` and `keep_best` likewise."""
         if isinstance(values, Mapping):
             values = dict(values)
-            for group in ("lora", "early_stopping", "keep_best"):
+            for group in cls.switched:
                 if isinstance(values.get(group), bool):
                     values[group] = {} if values[group] else None
         return values

@@ -115,12 +115,16 @@ def _exists(name: str | Path) -> bool:
 
 def matching_files(name: str | Path) -> list[Path]:
     """Return the files that a pattern such as `rows/*.jsonl` matches, in the order of their names."""
+    return [path for path in _matched(name) if path.is_file()]
+
+
+def _matched(name: str | Path) -> list[Path]:
+    """Return the files and folders that a pattern matches, in the order of their names."""
     if not {*str(name)} & {*"*?["}:
         return []
     path = _path(name)
     try:
-        found = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path))
-        return sorted(item for item in found if item.is_file())
+        return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
     except (OSError, ValueError, NotImplementedError):  # Not a valid pattern.
         return []
 
@@ -156,9 +160,7 @@ def _file(path: Path) -> RowSource:
     """Return the reader for a file, chosen by the ending of its name."""
     name = path.name.casefold()
     if not name.endswith(SUFFIXES):
-        raise DataError(
-            "unknown kind of file", place=str(path), fix=f"give its name one of these endings: {', '.join(SUFFIXES)}"
-        )
+        raise _unknown_kind(path)
     if name.endswith(".parquet"):
         return ParquetRows(path)
     name = name.removesuffix(path.suffix) if path.suffix in COMPRESSION else name
@@ -168,11 +170,39 @@ def _file(path: Path) -> RowSource:
     return array if name.endswith(".json") and array.holds_array() else JsonLines(path)
 
 
+def _unknown_kind(path: Path) -> DataError:
+    """Return the error for a file whose name doesn't say what it is, with the ending that its content suggests."""
+    with path.open("rb") as handle:
+        start = handle.read(4096)
+    kinds = (
+        f"files that can be read end in {', '.join((*_TEXTS, '.parquet'))}, texts also with {', '.join(COMPRESSION)}"
+    )
+    head = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    end: str | None = None
+    if start.startswith(b"PAR1"):
+        end = ".parquet"
+    elif head.startswith((b"{", b"[")):
+        end = ".json" if head.startswith(b"[") else ".jsonl"
+    elif b"\0" not in start and (line := head.partition(b"\n")[0]):
+        end = ".tsv" if b"\t" in line else ".csv" if b"," in line else None
+    if start.startswith(b"PK") and path.suffix.casefold() in (".xlsx", ".xlsm", ".ods"):
+        return DataError(
+            "is a spreadsheet", place=str(path), fix="save it as CSV, whose columns are read by their names"
+        )
+    looks = f"its content looks like {end[1:]}: name it {path.with_suffix(end).name}; " if end is not None else ""
+    return DataError("unknown kind of file", place=str(path), fix=f"{looks}{kinds}")
+
+
 def _no_such_file(name: str | Path) -> DataError:
     """Return the error for a path that doesn't exist, with the nearest name as a suggestion."""
     shown = str(name)
     if len(shown) > 200 or not shown.isprintable():
         return DataError("no such file", place="data", got=shortened(shown), fix="give the path of a file of rows")
+    if {*shown} & {*"*?["} and unexpanded(shown) is None:
+        folders = [str(path) for path in _matched(name) if path.is_dir()]
+        got = f"the folders {', '.join(folders[:4])}" if folders else None
+        fix = f"write `{shown.rstrip('/')}/*.jsonl` for the files in them" if folders else _near_of(name)
+        return DataError(f"no file matches this pattern{looked_in(name)}", place=shown, got=got, fix=fix)
     return DataError(f"no such file{looked_in(name)}", place=shown, fix=unexpanded(shown) or _near_of(name))
 
 
@@ -206,6 +236,8 @@ def _directory(path: Path, split: str, streaming: bool) -> list[RowSource]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return [_dataset(call_reader(str(path), datasets.load_from_disk, str(path)), str(path), split)]
     files = _files(path)
+    if not files:
+        _refuse_other_folder(path)
     if not files or {*split} & {
         *"[+"
     }:  # `datasets` itself reads slices and sums of splits: `train[:10%]`, `train+test`.
@@ -230,6 +262,19 @@ def _directory(path: Path, split: str, streaming: bool) -> list[RowSource]:
     return sources
 
 
+def _refuse_other_folder(path: Path) -> None:
+    """Raise `DataError` for a folder without files of rows that is empty, or holds something else."""
+    held = sorted(item.name for item in path.iterdir())
+    if not held:
+        raise DataError("is an empty folder", place=str(path), fix="name a file of rows, or a folder that has some")
+    if {"config.json", "adapter_config.json", "tokenizer.json"} & {*held}:
+        raise DataError("is a model's directory, and holds no rows", place=str(path), fix="name a file of rows")
+    inside = [item for item in held if (path / item).is_dir() and _files(path / item)]
+    if inside:
+        listed = ", ".join(str(path / item) for item in inside[:4])
+        raise DataError("holds no files of rows itself", place=str(path), fix=f"name a folder in it: {listed}")
+
+
 def _files(path: Path) -> list[Path]:
     """Return the files of rows in a folder, or in its subfolder `data` (a downloaded repository), in the order of their names."""
     for folder in (path, path / "data"):
@@ -237,6 +282,8 @@ def _files(path: Path) -> list[Path]:
             files = sorted(
                 item for item in folder.iterdir() if item.name.casefold().endswith(SUFFIXES) and item.is_file()
             )
+            if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+                return []  # a model
             files = [
                 item
                 for item in files

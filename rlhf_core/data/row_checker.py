@@ -263,8 +263,11 @@ class RowChecker:
         """Return the error for a row that lacks the field `name`. `found` is field → column, those that it has."""
         own = self.columns.get(name, name)
         if own in row.values:
-            filled = [str(key) for key, value in row.values.items() if value is not None]
-            return DataError(f"column `{own}` is null", place=row.place, got=f"columns {', '.join(filled) or 'none'}")
+            meant = "" if own == name else f", from which `dataset.columns` takes `{name}`,"
+            filled = [f"`{key}`" for key, value in row.values.items() if value is not None]
+            others = f"; the columns that it fills are {', '.join(filled)}" if filled else ""
+            fix = f"fill it, or delete the row{others}"
+            return DataError(f"column `{own}`{meant} is null in this row", place=row.place, fix=fix)
         fix = self._mapping(name, own, row, found)
         if own != name and value_kind(row.values.get(name)) in _SHAPES[name]:
             fix = f"leave `{name}` out of `dataset.columns`: the row has a column of that name"

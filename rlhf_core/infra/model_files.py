@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlhf_core.infra.errors import ModelError, first_line, nearest
 from rlhf_core.infra.files import read_json, sha256_of, storage_errors
@@ -92,21 +92,64 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            ggufs = sorted(p.name for p in path.glob("*.gguf"))
-            hint = f"name the file: {path / ggufs[0]}" if ggufs else None
-            if (path / "run.json").is_file():
-                hint = f"it is a run directory; give the model in it, {path / 'model'}"
-            raise ModelError("isn't a model: it has no config.json", place=source, fix=hint)
+        if not _is_model(path):
+            raise _no_model_in(path, source)
         return str(path), {}
     if path.is_file():
-        beside = any((path.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
-        fix = f"give the model's directory, {path.parent}" if beside else "give a model's directory, or a `.gguf` file"
+        fix = f"give the model's directory, {path.parent}" if _is_model(path.parent) else None
+        fix = fix or "give a model's directory, or a `.gguf` file"
         raise ModelError("is a file, and no model", place=source, fix=fix)
+    if {*source} & {*"*?["}:
+        matched = [str(one) for one in _matching(path) if _is_model(one)]
+        got = f"a pattern that matches {', '.join(matched[:4]) or 'no model'}"
+        fix = f"name one of them: {matched[0]}" if matched else None
+        raise ModelError("a model is one directory", place=source, got=got, fix=fix)
     if not is_hub_name(source):
         problem = f"no such model directory or file{looked_in(source)}"
         raise ModelError(problem, place=source, fix=unexpanded(source) or _near_of(source))
     return source, {}
+
+
+def _is_model(path: Path) -> bool:
+    """Tell whether a directory holds a model or an adapter, whole or not."""
+    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def _matching(path: Path) -> list[Path]:
+    """Return the directories that a pattern matches."""
+    try:
+        found = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path))
+        return sorted(one for one in found if one.is_dir())
+    except (OSError, ValueError, NotImplementedError):  # no pattern
+        return []
+
+
+def _no_model_in(path: Path, source: str) -> ModelError:
+    """Return the error for a directory without a model, which says what it holds instead, and what may have been meant."""
+    if not any(path.iterdir()):
+        return ModelError("is an empty directory, and no model", place=source)
+    if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
+        fix = f"give the model that the run exported, {path.parent.parent / 'model'}"
+        if not _is_model(path.parent.parent / "model"):
+            fix = "continue the run, whose model is exported at its end: `rlhf train … --resume`"
+        problem = "is a checkpoint of a run, which holds the state of its training, and no model"
+        return ModelError(problem, place=source, fix=fix)
+    ggufs = sorted(p.name for p in path.glob("*.gguf"))
+    inside = sorted(one.name for one in path.iterdir() if one.is_dir() and _is_model(one))
+    hint = f"name the file: {path / ggufs[0]}" if ggufs else None
+    if (path / "run.json").is_file():
+        hint = f"it is a run directory; give the model in it, {path / 'model'}"
+    elif inside and hint is None:
+        # As transformers' own trainer leaves it: a folder of `checkpoint-500`, `checkpoint-1000`.
+        more = f" (of {len(inside)} models in it)" if len(inside) > 1 else ""
+        hint = f"did you mean {path / max(inside, key=_number)}{more}?"
+    return ModelError("isn't a model: it has no config.json", place=source, fix=hint)
+
+
+def _number(name: str) -> tuple[int, str]:
+    """Return the number at a name's end, by which checkpoints are in their order, and the name."""
+    found = re.search(r"(\d+)$", name)
+    return (int(found[1]) if found else -1, name)
 
 
 def _near_of(source: str) -> str | None:
@@ -174,6 +217,8 @@ def hub_files(source: str, files: Sequence[str]) -> list[Path | None]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    if not is_hub_name(source):  # a path where nothing is: loading the model itself says so
+        return [None] * len(files)
     require_on_hub(source)
     found: list[Path | None] = []
     for file in files:
@@ -273,13 +318,58 @@ def adapter_chain(where: str, local: Callable[[str], str] = str) -> tuple[str, l
     return where, adapters[::-1]
 
 
+def check_whole(where: str) -> None:
+    """Check that the files of a local model or adapter are whole: none is cut off, or a pointer that git left in place of it.
+
+    Raises:
+        ModelError: one isn't.
+    """
+    path = Path(where)
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        if file.suffix not in (".safetensors", ".json", ".model") or not file.is_file():
+            continue
+        with file.open("rb") as handle:
+            start = handle.read(8)
+            if start == b"version ":  # the whole of it: `version https://git-lfs.github.com/spec/v1`
+                raise ModelError(
+                    f"{file.name} is a pointer of Git LFS, not the file itself",
+                    place=where,
+                    got=f"{file.stat().st_size} bytes",
+                    fix="`git lfs install && git lfs pull` in that repository, or `hf download`",
+                )
+            if file.suffix == ".safetensors" and (lost := _cut_off(start, handle, file.stat().st_size)):
+                raise ModelError(f"{file.name} is {lost}", place=where, fix="copy or download the file again")
+
+
+def _cut_off(start: bytes, handle: BinaryIO, size: int) -> str | None:
+    """Return in words what is wrong with a safetensors file's length; None where it is what the header says.
+
+    Args:
+        start: the first 8 bytes, which give the header's length; `handle` is behind them.
+    """
+    length = int.from_bytes(start, "little")
+    if size == 0:
+        return "empty"
+    if len(start) < 8 or length > size - 8:
+        # What is no safetensors file at all has a length that no header has.
+        return f"cut off within its header, or no safetensors file: it has no valid header in {size:,} bytes"
+    try:
+        header = json.loads(handle.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        needed = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return None  # a file of the right length with a header that lies: reading it says how
+    return f"cut off: {size:,} of {needed:,} bytes" if size < needed else None
+
+
 def check_files(where: str) -> dict[str, set[str]] | None:
-    """Check a local directory's weights before they are read: every shard is there, and they aren't pickles alone.
+    """Check a local directory's weights before they are read: every shard is there and whole, and they aren't pickles alone.
 
     Returns:
         Of a model in several shards the names of the tensors that its index puts in each; None for all others.
     """
     path = Path(where)
+    check_whole(where)
     index = path / INDEX
     if (
         index.is_file() and not (path / SINGLE).is_file()
@@ -303,6 +393,11 @@ def check_files(where: str) -> dict[str, set[str]] | None:
             place=where,
             got=", ".join(sorted(p.name for p in path.glob("*.bin"))),
             fix="convert it to safetensors with `save_pretrained`, where you trust it",
+        )
+    if (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.gguf")):
+        problem = "has a config.json, and no weights"
+        raise ModelError(
+            problem, place=where, fix="copy its files `*.safetensors`, too, or name the model's own directory"
         )
     return None
 

@@ -24,6 +24,7 @@ from rlhf_core.infra.model_files import (
     HEADS,
     adapter_chain,
     check_files,
+    check_whole,
     is_adapter,
     kind_of,
     locate,
@@ -113,8 +114,11 @@ def load_model(
     folds = len(adapters) > 1 or bool(adapters and adapter == "fold")
     keeps_narrow = frozen_dtype != torch.float32 and not folds and (frozen or lora is not None or bool(adapters))
     try:
+        for adapter_files in adapters:
+            check_whole(adapter_files)
+        if "gguf_file" not in options:
+            check_files(base)
         tokenizer = _load_tokenizer([*adapters[::-1], base], options)
-        check_files(base)
         labels = labels_of(adapters[-1]) if adapters and kind == "classifier" else None
         dtypes = _checkpoint_dtypes(base, options)
         dtype = dtypes.lossless if keeps_narrow else torch.float32
@@ -242,6 +246,28 @@ def _put_adapters(
 
 
 # Checks
+
+
+def check_there(source: str, role: str = "model") -> None:
+    """Check that a model is there, its files whole or the hub ready to deliver it, before anything is done. No weight is read.
+
+    Args:
+        role: the option that names it, for messages where it isn't `model`.
+
+    Raises:
+        ModelError: it isn't.
+    """
+    try:
+        where, options = locate(source)
+        base, adapters = adapter_chain(where, local_adapter)
+        for one in adapters:
+            check_whole(one)
+        if not options:
+            check_files(base)
+    except ModelError as error:
+        if role == "model":
+            raise
+        raise ModelError(error.problem, place=f"{role}: {error.place}", got=error.got, fix=error.fix) from None
 
 
 def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base: str, headless: bool = False) -> None:

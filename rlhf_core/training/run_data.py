@@ -152,6 +152,8 @@ def open_stream(
         rank=distribution.rank,
         world_size=distribution.world_size,
     )
+    if saved is None:
+        _warn_of_few_rows(stream)
     if saved is not None and len(saved["ranks"]) == distribution.world_size and _as_planned(trainer, saved):
         return stream, saved["total_steps"]
     windows = trainer.windows_per_batch()
@@ -160,6 +162,22 @@ def open_stream(
         made, taken = (0, 0) if saved is None else _made_and_taken(saved, config.batch_size)
         steps = made + (stream.steps - taken) * windows
     return stream, steps
+
+
+def _warn_of_few_rows(stream: DataStream) -> None:
+    """Warn where no step can have as many different rows as `batch_size` asks for."""
+    rows, asked = stream.dataset.num_rows, stream.batch_size
+    if rows is None or not 0 < rows < asked:
+        return
+    have = f"batch_size: {asked} rows per step, and there {'is' if rows == 1 else 'are'} {rows}"
+    if stream.epochs is None or stream.epochs * rows >= asked:
+        log.warning(
+            "%s: each step takes every row about %.3g times; `batch_size: %d` takes it once", have, asked / rows, rows
+        )
+    else:
+        log.warning(
+            "%s: the only step takes all of them; a smaller `batch_size`, or more `epochs`, makes more steps", have
+        )
 
 
 def run_plan(trainer: Trainer[Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.files import readable_size
 from rlhf_core.infra.host_memory import available_bytes
 from rlhf_core.infra.model_files import is_adapter
-from rlhf_core.models.loading import ModelOutline, read_outline
+from rlhf_core.models.loading import ModelOutline, check_there, read_outline
 from rlhf_core.training.cost_estimate import RunCost, model_size, readable_time, training_cost
 from rlhf_core.training.disk_space import DiskNeed, checkpoint_bytes_on_disk, checkpoints_at_once, disk_need_of_files
 from rlhf_core.training.distribution import Distribution
@@ -122,7 +122,15 @@ def forecast(checked: CheckedJob, *, limit: int | None = ROWS_READ) -> RunForeca
 
 def _outline(model: Any, options: TrainerConfig, mistakes: NotedMistakes) -> tuple[ModelOutline | None, TrainerConfig]:
     """Return the outline of a model on the disk, and the options with the `max_length` that it gives."""
-    if not isinstance(model, str) or not Path(model).expanduser().exists():
+    for name, beside in models_beside(options).items():
+        with mistakes.noted():
+            check_there(beside.path, name)
+    if not isinstance(model, str):
+        return None, options
+    before = len(mistakes)
+    with mistakes.noted():
+        check_there(model)
+    if len(mistakes) > before or not Path(model).expanduser().exists():
         return None, options
     outline = None
     with mistakes.noted():

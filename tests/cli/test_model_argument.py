@@ -103,5 +103,5 @@ def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model directory or file"):
         opened(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="isn't a model"):
+    with pytest.raises(ModelError, match="is an empty directory, and no model"):
         opened(tmp_path / "empty")

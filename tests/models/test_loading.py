@@ -202,6 +202,8 @@ def test_neither_directory_nor_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_directory_without_a_model(tmp_path: Path) -> None:
+    assert "is an empty directory, and no model" in refusal(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
     assert "isn't a model: it has no config.json" in refusal(tmp_path)
 
 
@@ -279,4 +281,6 @@ def test_an_adapter_for_another_base(saved: Path, tmp_path: Path) -> None:
 def test_a_damaged_weights_file(saved: Path) -> None:
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
+    assert "model.safetensors is cut off" in refusal(saved)
+    path.write_bytes(b"\x08" + bytes(7) + b"not JSON" + bytes(100))
     assert "can't be loaded" in refusal(saved)

@@ -1,0 +1,79 @@
+"""What isn't a file of rows is refused with what it is and what may have been meant."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.data.open_source import open_source
+from rlhf_core.data.row_checker import RowChecker
+from rlhf_core.data.row_source import Cursor, Row
+from rlhf_core.infra.errors import DataError
+
+ROW = '{"prompt": "a", "response": "b"}\n'
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows/train").mkdir(parents=True)
+    Path("rows/train/sft.jsonl").write_text(ROW)
+
+
+def refused(name: str) -> str:
+    with pytest.raises(DataError) as caught:
+        open_source(name)
+    return str(caught.value)
+
+
+def test_patterns() -> None:
+    assert refused("rows/*") == (
+        "rows/*: no file matches this pattern; got the folders rows/train; fix: write `rows/*/*.jsonl` for the files in them"
+    )
+    assert open_source("rows/*/*.jsonl").sources
+    assert refused("rows/train/x*.json").startswith("rows/train/x*.json: no file matches this pattern")
+
+
+def test_folders() -> None:
+    Path("empty").mkdir()
+    assert refused("empty") == "empty: is an empty folder; fix: name a file of rows, or a folder that has some"
+    assert refused("rows") == "rows: holds no files of rows itself; fix: name a folder in it: rows/train"
+    Path("model").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        Path("model", name).write_text("{}")
+    assert refused("model") == "model: is a model's directory, and holds no rows; fix: name a file of rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("a.txt", b"prompt,response\na,b\n", "its content looks like csv: name it a.csv"),
+        ("a.data", b"prompt\tresponse\na\tb\n", "its content looks like tsv: name it a.tsv"),
+        ("a.txt", ROW.encode(), "its content looks like jsonl: name it a.jsonl"),
+        ("a.dump", b"[\n" + ROW.encode() + b"]", "its content looks like json: name it a.json"),
+        ("a.pq", b"PAR1\0\0", "its content looks like parquet: name it a.parquet"),
+        ("a.xlsx", b"PK\x03\x04", "is a spreadsheet; fix: save it as CSV"),
+        ("a.txt", b"just words\n", "unknown kind of file; fix: files that can be read end in .jsonl"),
+    ],
+)
+def test_files_of_another_ending(name: str, content: bytes, hint: str) -> None:
+    Path(name).write_bytes(content)
+    assert hint in refused(name)
+
+
+def test_a_column_that_the_mapping_names_and_is_null() -> None:
+    checker = RowChecker("sft", {"prompt": "question", "response": "answer"})
+    with pytest.raises(DataError) as caught:
+        checker.check(Row(0, "rows.jsonl:1", {"question": "a", "answer": None}, Cursor()))
+    assert str(caught.value) == (
+        "rows.jsonl:1: column `answer`, from which `dataset.columns` takes `response`, is null in this row; fix: fill it, or"
+        " delete the row; the columns that it fills are `question`"
+    )
+
+
+def test_a_folder_beside_a_mistyped_one() -> None:
+    assert refused("./rows/trian").endswith("did you mean rows/train?")
+    shutil.copy("rows/train/sft.jsonl", "rows/train/dpo.jsonl")
+    assert refused("rows/train/spf.jsonl").endswith("did you mean rows/train/sft.jsonl?")
