@@ -24,6 +24,7 @@ from rlhf_core.cli import (
     report,
     rollouts,
     run_recipe,
+    runs,
     sample,
     samples,
     score,
@@ -53,6 +54,7 @@ compare_samplers.add_to(app)
 samples.add_to(app)
 rollouts.add_to(app)
 report.add_to(app)
+runs.add_to(app)
 merge.add_to(app)
 publish.add_to(app)
 author.add_to(app)

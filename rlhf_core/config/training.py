@@ -17,7 +17,7 @@ from rlhf_core.config.base import BaseConfig, refused
 from rlhf_core.config.elastic_options import EWCConfig
 from rlhf_core.config.metric_direction import better_when
 from rlhf_core.config.sampling_options import SamplingConfig
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, nearest
 
 LORA_RATE_FACTOR = 10
 """Best learning rate of LoRA adapters as a multiple of that of every weight (Schulman et al. 2025, "LoRA Without Regret")."""
@@ -230,8 +230,10 @@ class _WatchedMetric(BaseConfig):
         if not isinstance(metric, str) or not metric:
             return values
         if (mode := better_when(metric)) is None:
+            near = nearest(metric, ("eval_loss", "eval_accuracy", "eval_reward", "eval_rewards/margin"))
+            meant = f"did you mean `{near}`? Else " if near else ""
             raise ValueError(
-                f"whether a larger `{metric}` is better isn't known: set `mode: max` or `mode: min` beside it"
+                f"whether a larger `{metric}` is better isn't known: {meant}set `mode: max` or `mode: min` beside it"
             )
         return {**values, "mode": mode}
 

@@ -172,6 +172,32 @@ def lock_file(descriptor: int, path: Path, what: str) -> bool:
     return True
 
 
+def is_locked(path: Path) -> bool | None:
+    """Return whether a process holds the lock of a lock file; None where the system or the file system has no locks.
+
+    The lock is held by this process for the moment in which it looks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def temporary_path(path: Path) -> Path:
     """Return the path under which a file or directory is written until it is complete: `.NAME.tmp` beside it."""
     return path.with_name(f".{path.name}.tmp")

@@ -108,6 +108,8 @@ class Run:
         self.options = resolved_options(trainer)
         """Every option of the run as `config.yaml` holds it."""
         self.progress = RunProgress()
+        self.recorded = False
+        """Whether the run directory says what the run is made from, as this process was asked for it."""
         self.started = False
         """Whether the log is open and, of a resumed run, the checkpoint restored."""
         self.inside_rollout = False
@@ -267,7 +269,9 @@ class Run:
         if self.directory.continued:
             if self.checkpoint is None:
                 log.warning("%s holds no checkpoint yet: starting at step 0", output)
-            self.logger.event("run_resumed", step=step, changed=list(map(str, self.changes)))
+            self.logger.event(
+                "run_resumed", step=step, changed=list(map(str, self.changes)), total_steps=self.total_steps
+            )
             self._report_changes()
         else:
             if self.resume:

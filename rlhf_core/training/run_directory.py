@@ -19,6 +19,7 @@ from rlhf_core.config.yaml_file import dump_yaml, load_yaml
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.files import (
     fsync_directory,
+    is_locked,
     leftover_of,
     lock_directory,
     read_json,
@@ -55,6 +56,8 @@ class RunDirectory:
         self, path: Path | None, record: dict[str, Any], *, continued: bool = False, lock: int | None = None
     ) -> None:
         self.path, self.record, self.continued, self._lock = path, record, continued, lock
+        self._before: dict[str, Any] = {}
+        """`run.json` as an earlier process of the run left it."""
 
     @classmethod
     def open(cls, path: Path | None, *, resume: bool, overwrite: bool) -> RunDirectory:
@@ -69,7 +72,7 @@ class RunDirectory:
         """
         if resume and overwrite:
             raise ConfigError("a run is either continued or replaced", got="--resume and --overwrite", fix="choose one")
-        record = _new_record()
+        record, before = _new_record(), dict[str, Any]()
         if path is None:
             if resume or overwrite:
                 raise ConfigError("no run directory is set", place="output", fix="set `output`")
@@ -82,13 +85,15 @@ class RunDirectory:
         try:
             continued = _make_ready(path, resume=resume, overwrite=overwrite)
             if continued:
-                record |= _continued_record(path)
+                before = read_json(path / "run.json")
+                record |= _continued_record(before)
         except BaseException:
             if new and not (path / "run.json").exists():
                 remove_tree(path / _LOCK)  # a directory that isn't a run's is left as it was
             _release(lock)
             raise
         opened = cls(path, record, continued=continued, lock=lock)
+        opened._before = before
         opened.update(status="running")
         return opened
 
@@ -96,6 +101,15 @@ class RunDirectory:
         """Change fields of `run.json` and of `status.json`, a short one for launchers (status, exit code, step, message)."""
         self.record |= fields
         self.write("run.json", self.record)
+        self._write_status()
+
+    def end_refused(self, exit_code: int, message: str) -> None:
+        """Write that the run wasn't resumed: into `status.json` alone, since the run is what it was before."""
+        self.record |= {"status": "failed", "exit_code": exit_code, "message": message}
+        self._write_status()
+        self.write("run.json", self._before)
+
+    def _write_status(self) -> None:
         short = {name: self.record.get(name) for name in ("status", "exit_code", "step", "message")}
         self.write("status.json", short)
 
@@ -234,9 +248,8 @@ def _new_record() -> dict[str, Any]:
     return {"rlhf_core": __version__, "id": uuid.uuid4().hex, "started": _now(), "status": "running", "exit_code": None}
 
 
-def _continued_record(path: Path) -> dict[str, Any]:
-    """Return the fields of `run.json` that a continued run keeps; `is_run` has checked it."""
-    old = read_json(path / "run.json")
+def _continued_record(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an earlier `run.json` that a continued run keeps; `is_run` has checked it."""
     resumed, step, choices, changes = (old.get(name) for name in ("resumed", "step", "choices", "changes"))
     return {
         "id": old["id"],
@@ -318,6 +331,11 @@ def is_run(path: Path) -> bool:
     except (OSError, ValueError) as error:
         raise StorageError("can't be read as a run's record", place=str(place), got=error, fix=_FIX) from None
     return True
+
+
+def is_at_work(path: Path) -> bool | None:
+    """Return whether a process works in a run directory now; None where that can't be known."""
+    return is_locked(path / _LOCK)
 
 
 def _never_began(path: Path) -> bool:

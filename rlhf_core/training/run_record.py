@@ -11,7 +11,7 @@ from rlhf_core import registry
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.open_source import data_files
 from rlhf_core.infra.environment import describe_environment
-from rlhf_core.infra.errors import LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
+from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.measured_choices import measured_choices, take_recorded
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.seeds import stream_seed
@@ -105,6 +105,7 @@ def record_inputs(run: Run, files: Mapping[str, Any], step: int) -> None:
         files: what `check_inputs` returned.
         step: that of the checkpoint which the run continues from; 0 where there is none.
     """
+    run.recorded = True
     if run.changes:
         # Before the new options replace the old ones on the disk, so that no kill loses what the difference was.
         options = {change.name: {"before": change.before, "now": change.now} for change in run.changes}
@@ -240,7 +241,9 @@ def record_failure(run: Run, error: BaseException) -> None:
     silent = isinstance(error, LostProcess) and error.silent
     known = silent or (consequence and run.directory.fault_recorded(run.trainer.output))
     try:
-        if run.distribution.is_main:
+        if run.distribution.is_main and run.directory.continued and not run.recorded and isinstance(error, ConfigError):
+            run.directory.end_refused(code, text)
+        elif run.distribution.is_main:
             run.directory.end(status, code, step=step, message=text, consequence=consequence)
         elif run.trainer.output is not None and status == "failed" and not known:
             record_fault(run.trainer.output, rank=run.distribution.rank, code=code, step=step, message=text)

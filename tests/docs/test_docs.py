@@ -291,6 +291,16 @@ def test_samples(tmp_path: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_runs(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/runs.md", tmp_path, environment)
+    assert "loss, eval_loss" in printed and "ab.png" in printed and "beta           0.1" in printed
+    record = json.loads((tmp_path / "runs/longer/run.json").read_text())
+    assert (record["status"], record["step"], len(record["changes"])) == ("done", 9, 3)
+    (settings,) = (text for language, text in blocks("docs/runs.md") if language == "yaml")
+    SFTTrainer.Config.parse(yaml.safe_load(settings))
+
+
+@pytest.mark.slow
 def test_report(tmp_path: Path, environment: dict[str, str]) -> None:
     run_page("docs/report.md", tmp_path, environment)
     one, both = tmp_path / "runs/first/report.html", tmp_path / "both.html"

@@ -256,6 +256,8 @@ def test_the_direction_is_that_of_the_metric_or_is_stated() -> None:
     assert {name: better_when(name) for name in names} == names
     with pytest.raises(ConfigError, match="whether a larger `eval_length` is better isn't known: set `mode: max`"):
         TrainerConfig.parse({"keep_best": "eval_length"})
+    with pytest.raises(ConfigError, match="`eval_los` is better isn't known: did you mean `eval_loss`"):
+        TrainerConfig.parse({"early_stopping": {"metric": "eval_los"}})
     assert TrainerConfig.parse({"keep_best": True}).keep_best == KeepBestConfig(metric="eval_loss", mode="min")
     for missing, options in (("output", {}), ("eval_steps", {"eval_steps": None})):
         with pytest.raises(ConfigError, match=f"keep_best: .*; fix: set `{missing}`"):

@@ -401,7 +401,7 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
 
 
 def test_an_unknown_metric_to_watch_is_refused_before_the_first_step() -> None:
-    trainer = toy(eval_rows=ROWS[:8], eval_steps=5, early_stopping={"metric": "eval_los"})
+    trainer = toy(eval_rows=ROWS[:8], eval_steps=5, early_stopping={"metric": "eval_los", "mode": "min"})
     with pytest.raises(ConfigError, match="no metric `eval_los`; fix: did you mean `eval_loss`"):
         trainer.train()
     assert trainer.windows == 0

@@ -107,7 +107,8 @@ def test_a_run_is_not_stretched_to_what_it_has_done_and_not_by_what_has_no_effec
         toy(tmp_path, max_steps=4, epochs=3).train(resume=True)
     with pytest.raises(ConfigError, match="can't be continued by `epochs`"):
         toy(tmp_path, max_steps=None, epochs=3).train(resume=True)
-    assert (tmp_path / "config.yaml").read_text() == kept and record_of(tmp_path)["status"] == "failed"
+    assert (tmp_path / "config.yaml").read_text() == kept and record_of(tmp_path)["status"] == "done"
+    assert read_json(tmp_path / "status.json")["status"] == "failed"
     toy(tmp_path / "epochs", max_steps=None, epochs=2).train()
     with pytest.raises(ConfigError, match=r"more epochs, not for fewer.*epochs: 2.0 → 1.0"):
         toy(tmp_path / "epochs", max_steps=None, epochs=1).train(resume=True)

@@ -19,6 +19,7 @@ from rlhf_core.evaluation.report.chart_data import (
 )
 from rlhf_core.evaluation.report.measured_values import INTERVAL
 from rlhf_core.evaluation.report.run_files import MetricCurve, RolloutFigures, RunHistory, is_number
+from rlhf_core.infra.errors import ConfigError, did_you_mean
 from rlhf_core.training.phases import SECONDS
 
 Runs = Sequence[RunHistory]
@@ -38,6 +39,33 @@ def loss_charts(runs: Runs) -> list[Chart]:
         _chart(runs, "Loss by term", {name: name.removeprefix("loss_") for name in terms}) if len(terms) > 1 else None,
         _chart(runs, "Learning rate", {"learning_rate": ""}),
     )
+
+
+def metrics_chart(runs: Runs, metrics: Sequence[str], *, log: bool = False) -> LineChart:
+    """Return one chart of metrics by their names, those of evaluations among them; of several runs each has a colour.
+
+    Args:
+        log: whether the vertical axis is logarithmic.
+
+    Raises:
+        ConfigError: no run has a metric of that name.
+    """
+    known = {*_names(runs), *(name for run in runs for one in run.evaluations for name in one.metrics)}
+    for name in metrics:
+        if name not in known:
+            fix = did_you_mean(name, known) if known else "wait for the first step"
+            raise ConfigError("no metric of that name", place="--metric", got=name, fix=fix)
+    names = {name: name for name in metrics}
+    chart = _chart(runs, ", ".join(metrics), names, evaluated=names, log=log)
+    assert chart is not None
+    return chart
+
+
+def default_metrics(runs: Runs) -> list[str]:
+    """Return the metrics that tell most about runs: the reward, or else the loss, and the same of evaluations."""
+    names = {*_names(runs), *(name for run in runs for one in run.evaluations for name in one.metrics)}
+    wanted = "reward" if "reward" in names else "loss"
+    return [name for name in (wanted, f"eval_{wanted}") if name in names]
 
 
 def reward_charts(runs: Runs) -> list[Chart]:

@@ -137,19 +137,25 @@ def read_run(path: Path, name: str | None = None) -> RunHistory:
         path: the directory.
         name: how the report calls it; the directory's name without it.
     """
-    run = RunHistory(path, name or path.resolve().name)
-    run.record = read_mapping(path / "run.json", run.notes, required=True)
-    run.options = read_yaml_mapping(path / "config.yaml", run.notes)
+    run = read_curves(path, name)
     run.data, run.models, run.rewards = (
         read_mapping(path / f"{part}.json", run.notes) for part in ("data", "models", "rewards")
     )
-    _read_metrics(run)
-    run.events = list(read_rows(path / EVENTS, run.notes))
-    run.evaluations = _evaluations(run)
     run.prompts = _samples(run)
     run.rollouts = _rollouts(run)
     if run.notes and run.running:
         run.notes.append("The run is in progress; a file that it is writing may be whole a moment later.")
+    return run
+
+
+def read_curves(path: Path, name: str | None = None) -> RunHistory:
+    """Return the record, options, metrics, events and evaluations of a run; the arguments are those of `read_run`."""
+    run = RunHistory(path, name or path.resolve().name)
+    run.record = read_mapping(path / "run.json", run.notes, required=True)
+    run.options = read_yaml_mapping(path / "config.yaml", run.notes)
+    _read_metrics(run)
+    run.events = list(read_rows(path / EVENTS, run.notes))
+    run.evaluations = _evaluations(run)
     return run
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 COLOURS = 6
 """Colours of lines that the page defines: `--c1` to `--c6`."""
-_INK, _FAINT = "#0a0b01", "#0a0b02"
+INK, FAINT = "#0a0b01", "#0a0b02"
 _LINES = [f"#0a0b1{number}" for number in range(COLOURS)]
-_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {
+_VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"} | {
     marker: f"var(--c{number})" for number, marker in enumerate(_LINES, 1)
 }
 _STATES = {"finished": 2, "running": 0, "failed": 3, "rolled_back": 1, "skipped": 5, "waiting": 5}
@@ -37,7 +37,7 @@ _ROOM = 60
 """Characters that fit beside each other over the axes."""
 _WIDTH, _HEIGHT, _ROW = 4.6, 2.6, 0.3
 """Inches: of a chart, and of a row of bars. One is 72 units of the SVG."""
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "axes.formatter.use_mathtext": False,
@@ -47,20 +47,20 @@ _SETTINGS: dict[Any, Any] = {
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _FAINT,
+    "grid.color": FAINT,
     "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.5,
@@ -68,6 +68,7 @@ _SETTINGS: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+"""How every chart looks, in the markers of the page's colours."""
 _LONG = re.compile(r"-?\d+\.\d{2,}")
 """A number with more decimals than can be seen, in units of which an inch has 72."""
 _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
@@ -94,7 +95,7 @@ def draw_chart(chart: Chart, prefix: str) -> str:
 
     fonts = logging.getLogger("matplotlib.font_manager")
     level = fonts.level
-    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": prefix}), warnings.catch_warnings():
+    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": prefix}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that the font, which measures alone, doesn't have
         fonts.setLevel(logging.ERROR)
         try:
@@ -174,7 +175,7 @@ def _draw(figure: Figure, chart: Chart) -> None:
     axes: Axes = figure.subplots()
     axes.set_title(_short(chart.title, 56))
     if isinstance(chart, LineChart):
-        _draw_lines(axes, chart)
+        draw_lines(axes, chart)
     elif isinstance(chart, Histogram):
         _draw_histogram(axes, chart)
     elif isinstance(chart, Bars):
@@ -185,11 +186,16 @@ def _draw(figure: Figure, chart: Chart) -> None:
         _draw_timeline(axes, chart)
 
 
-def _draw_lines(axes: Axes, chart: LineChart) -> None:
+def draw_lines(axes: Axes, chart: LineChart, colours: Sequence[str] = ()) -> None:
+    """Draw curves with their legend.
+
+    Args:
+        colours: of the lines; without them the markers that a page replaces.
+    """
     from matplotlib.ticker import LogFormatter
 
     for line in chart.lines:
-        _draw_line(axes, line)
+        _draw_line(axes, line, colours or _LINES)
     if chart.log and all(value > 0 for line in chart.lines for value in line.y):
         axes.set_yscale("log")
         # Matplotlib's own labels of a logarithmic axis are formulae, which the page couldn't show.
@@ -205,8 +211,8 @@ def _draw_lines(axes: Axes, chart: LineChart) -> None:
         _legend(axes)
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
-    colour = _LINES[line.colour % COLOURS]
+def _draw_line(axes: Axes, line: Line, colours: Sequence[str]) -> None:
+    colour = colours[line.colour % len(colours)]
     marker = "o" if line.marks or line.errors is not None or len(line.x) == 1 else None
     if line.band is not None:
         axes.fill_between(line.x, *line.band, color=colour, alpha=0.18, linewidth=0)

@@ -55,7 +55,7 @@ def report_page(directory: Path, other: Path | None = None) -> str:
             place=str(directories[pipelines.index(False)]),
             fix="give two runs, or two pipelines; a pipeline's stages are runs, in its `stages/`",
         )
-    names = _names(directories)
+    names = distinct_names(directories)
     drawing = PageCharts.create()
     if pipelines[0]:
         found = [read_pipeline(one, name) for one, name in zip(directories, names, strict=True)]
@@ -88,7 +88,7 @@ def _is_pipeline(path: Path) -> bool:
     )
 
 
-def _names(directories: Sequence[Path]) -> list[str]:
+def distinct_names(directories: Sequence[Path]) -> list[str]:
     """Return what tells directories apart: their names, or as many of the folders above as it takes."""
     parts = [one.resolve().parts for one in directories]
     depth = 1
