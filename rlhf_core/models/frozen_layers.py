@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from typing import Any
 
 from torch import nn
 
@@ -20,45 +21,52 @@ _FREEZE = "freeze"
 def freeze_by_name(model: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze parameters of the transformers models in a model, in place; heads on top of them are trained in any case.
 
-    A pattern means a parameter, or a module with all that is in it, by its full name or the end of one after a dot. In it, `*`
-    stands for any text, `?` for a character and `[0-9]` for one of several.
-
     Raises:
         ConfigError: a pattern matches nothing, nothing is left to train, or the model has an adapter.
     """
-    networks = [part for part in model.modules() if isinstance(part, SequenceModel)]
-    if any(network.has_adapter for network in networks):
+    parts = [part for part in model.modules() if isinstance(part, SequenceModel)]
+    if any(part.has_adapter for part in parts):
         raise ConfigError(
             "the base under an adapter is frozen already",
             place=_FREEZE,
             fix="leave it out; `lora.exclude_modules` keeps new adapters off modules, `adapter: fold` trains every weight",
         )
+    frozen = freeze_networks([part.network for part in parts], patterns)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if not trained:
+        problem = "every parameter is frozen, so there is nothing to train"
+        raise ConfigError(problem, place=_FREEZE, got=", ".join(patterns), fix="name fewer")
+    log.info("frozen by name: %s parameters; %s are trained", f"{frozen:,}", f"{trained:,}")
+
+
+def freeze_networks(networks: Sequence[Any], patterns: Sequence[str]) -> int:
+    """Freeze parameters of transformers models, in place; return how many numbers they hold.
+
+    A pattern means a parameter, or a module with all that is in it, by its full name in the language model or the end of one
+    after a dot. In it, `*` stands for any text, `?` for a character and `[0-9]` for one of several.
+
+    Raises:
+        ConfigError: a pattern matches nothing.
+    """
     frozen: dict[int, nn.Parameter] = {}
     unused = dict.fromkeys(patterns)
     names: list[str] = []
     for network in networks:
+        # A backbone without its language model has the names that it would have in one.
+        around = f"{network.base_model_prefix}." if getattr(network, "base_model", None) is network else ""
         # A tied weight has a name in each of its modules.
-        for name, parameter in network.network.named_parameters(remove_duplicate=False):
-            names.append(name)
+        for own, parameter in network.named_parameters(remove_duplicate=False):
+            names.append(name := around + own)
             if found := [pattern for pattern in patterns if _means(pattern, name)]:
                 frozen[id(parameter)] = parameter
                 unused = {pattern: None for pattern in unused if pattern not in found}
     for pattern in unused:
         near = did_you_mean(pattern, {part for name in names for part in name.split(".") if not part.isdigit()})
-        fix = near or f"names are such as `{names[len(names) // 2]}`" if names else None
+        fix = near or (f"names are such as `{names[len(names) // 2]}`" if names else None)
         raise ConfigError(f"no parameter of the model is named `{pattern}`", place=_FREEZE, fix=fix)
     for parameter in frozen.values():
         parameter.requires_grad_(False)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if not trained:
-        raise ConfigError(
-            "every parameter is frozen, so there is nothing to train",
-            place=_FREEZE,
-            got=", ".join(patterns),
-            fix="name fewer",
-        )
-    count = sum(parameter.numel() for parameter in frozen.values())
-    log.info("frozen by name: %s parameters; %s are trained", f"{count:,}", f"{trained:,}")
+    return sum(parameter.numel() for parameter in frozen.values())
 
 
 def _means(pattern: str, name: str) -> bool:

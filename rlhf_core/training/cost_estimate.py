@@ -87,10 +87,14 @@ def training_cost(
     adapter: float = 0
     if options.lora is not None:
         adapter = trained_parameters or 16 * size.layers * size.width * options.lora.rank
+    moving = size.parameters
+    if options.freeze and trained_parameters is not None:
+        moving = trained_parameters
     trained = sum(getattr(role, "trained", False) for role in roles.values())
-    vocabulary = 0 if adapter else min(size.vocabulary * size.width, size.parameters)  # AdamW's in any case
-    kept = 8.0 * vocabulary + BYTES_PER_WEIGHT[options.optimizer.name] * ((adapter or size.parameters) - vocabulary)
-    memory = (8.0 * (adapter or size.parameters) + kept) * trained + (precise * size.parameters if adapter else 0)
+    vocabulary = 0 if adapter else min(size.vocabulary * size.width, moving)  # AdamW's in any case
+    kept = 8.0 * vocabulary + BYTES_PER_WEIGHT[options.optimizer.name] * ((adapter or moving) - vocabulary)
+    memory = (8.0 * (adapter or moving) + kept) * trained
+    memory += precise * size.parameters if adapter else 4 * (size.parameters - moving)
     if "reference" in roles and not adapter:
         memory += precise * size.parameters
     at_once = tokens * (options.micro_batch_size or options.batch_size * responses)

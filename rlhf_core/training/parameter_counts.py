@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_core.config.training import TrainerConfig
+from rlhf_core.models.frozen_layers import freeze_networks
 from rlhf_core.models.loading import ModelOutline
 from rlhf_core.models.lora import apply_lora
 
@@ -27,7 +28,7 @@ def count_parameters(outline: ModelOutline, options: TrainerConfig) -> Parameter
     """Return the counts of a causal language model under the options; None where transformers can't make one without weights.
 
     Raises:
-        ConfigError: an option of `lora` names nothing in the model.
+        ConfigError: an option of `lora`, or `freeze`, names nothing in the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -40,5 +41,7 @@ def count_parameters(outline: ModelOutline, options: TrainerConfig) -> Parameter
     if options.lora is not None:
         with torch.device("meta"):
             model = apply_lora(model, options.lora)
+    elif options.freeze:
+        freeze_networks([model], options.freeze)
     every = {id(one): one for one in model.parameters()}.values()
     return ParameterCounts(sum(one.numel() for one in every if one.requires_grad), sum(one.numel() for one in every))

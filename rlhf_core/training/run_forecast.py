@@ -5,13 +5,14 @@ Configuration and rows are checked together, so that one look at the list mends 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.training import DatasetConfig, TrainedModelConfig, TrainerConfig, models_beside
+from rlhf_core.config.training import BYTES_PER_WEIGHT, DatasetConfig, TrainedModelConfig, TrainerConfig, models_beside
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.data_survey import DataSurvey, NotedMistakes, survey_data
 from rlhf_core.data.open_source import check_paths, data_files, has_splits
@@ -255,10 +256,14 @@ def _device_bytes(devices: DeviceManager) -> int:
 
 def _disk_need(job: TrainingJob, options: TrainerConfig, found: RunForecast) -> DiskNeed | None:
     """Return what the run would write; None where the model's files don't show it."""
+    per_weight = 4 + BYTES_PER_WEIGHT[options.optimizer.name]
     if options.lora is None:
-        return disk_need_of_files(job.run.model, options)
+        need = disk_need_of_files(job.run.model, options)
+        if need is None or not options.freeze or found.parameters is None:
+            return need
+        return dataclasses.replace(need, checkpoint_bytes=round(per_weight * found.parameters.trained))
     beside = [one for one in models_beside(options).values() if isinstance(one, TrainedModelConfig)]
     if found.parameters is None or beside:
         return None
     trained = 4 * found.parameters.trained
-    return DiskNeed(checkpoints_at_once(options, found.steps), 3 * trained, trained)
+    return DiskNeed(checkpoints_at_once(options, found.steps), round(per_weight * found.parameters.trained), trained)

@@ -14,7 +14,9 @@ from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.models import PolicyModel
+from rlhf_core.models.loading import ModelOutline
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+from rlhf_core.training.parameter_counts import count_parameters
 
 ROWS = [{"prompt": f"{one} + 1 = ", "response": str(one + 1)} for one in range(8)]
 PAIRS = [{"prompt": f"{one} + 1 = ", "chosen": str(one + 1), "rejected": str(one + 2)} for one in range(8)]
@@ -79,8 +81,21 @@ def test_a_resumed_run_is_the_run_that_went_on(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_a_reward_models_head_is_trained_in_any_case() -> None:
-    config = RewardModelTrainer.Config.parse(OPTIONS | {"freeze": ["*"]})
+def test_what_is_trained_is_counted_without_weights() -> None:
+    network = policy().network
+    outline = ModelOutline(None, None, network.config)
+    counts = count_parameters(outline, TrainerConfig.parse({"freeze": ["layers.0", "embed_tokens"]}))
+    expected = sum(
+        p.numel() for name, p in network.named_parameters() if "layers.1" in name or name == "model.norm.weight"
+    )
+    assert counts is not None and counts.trained == expected
+    with pytest.raises(ConfigError, match="no parameter of the model is named `layers"):
+        count_parameters(outline, TrainerConfig.parse({"freeze": ["layers.7"]}))
+
+
+@pytest.mark.parametrize("freeze", [["*"], ["model.layers.*", "model.norm", "embed_tokens"]])
+def test_a_reward_models_head_is_trained_in_any_case(freeze: list[str]) -> None:
+    config = RewardModelTrainer.Config.parse(OPTIONS | {"freeze": freeze})
     made = RewardModelTrainer(config, model=policy(tie=False), data=PAIRS)
     made.train()
     trained = [name for name, parameter in made.reward.named_parameters() if parameter.requires_grad]
