@@ -539,6 +539,9 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
             elsewhere="prompt_weight",
         ),
         KnownName(
+            "neftune_alpha", "neftune_noise_alpha", "neftune_noise_alpha noisy_embedding_alpha", "neftune_noise_alpha"
+        ),
+        KnownName(
             "freeze",
             llama_factory="freeze_trainable_layers freeze_trainable_modules freeze_vision_tower",
             axolotl="unfrozen_parameters",

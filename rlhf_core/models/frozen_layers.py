@@ -53,7 +53,8 @@ def freeze_networks(networks: Sequence[Any], patterns: Sequence[str]) -> int:
     names: list[str] = []
     for network in networks:
         # A backbone without its language model has the names that it would have in one.
-        around = f"{network.base_model_prefix}." if getattr(network, "base_model", None) is network else ""
+        alone: Any = getattr(network, "base_model", None)
+        around = f"{network.base_model_prefix}." if alone is network else ""
         # A tied weight has a name in each of its modules.
         for own, parameter in network.named_parameters(remove_duplicate=False):
             names.append(name := around + own)

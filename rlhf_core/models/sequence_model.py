@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.contracts.batch import Batch
@@ -23,6 +23,7 @@ from rlhf_core.models.backbone import loads_alone, plain_ids, without_head
 from rlhf_core.models.compile import compile_model
 from rlhf_core.models.cpu_products import speed_up_linears
 from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.embedding_noise import noisy_hidden_states
 from rlhf_core.models.fused_norms import fuse_norms
 from rlhf_core.models.gradient_sums import sum_embeddings_in_place
 from rlhf_core.models.hidden_states import HiddenStates
@@ -298,6 +299,18 @@ class SequenceModel(nn.Module):
             return HiddenStates(torch.zeros(0, self.width, device=batch.device), empty_layout(batch), batch)
         with self.product_precision():
             return self.shared_forward.hidden_states(batch, drop_last=drop_last)
+
+    def noisy_hidden_states(
+        self, batch: Batch, alpha: float, seeds: Tensor, *, drop_last: bool = False
+    ) -> HiddenStates:
+        """Return `hidden_states` with noise on the embeddings (NEFTune): alpha / √(tokens · width) · uniform(-1, 1).
+
+        The noise of a sequence depends on its seed and length alone. A prompt has one response.
+
+        Args:
+            seeds: (P,) long, one per prompt.
+        """
+        return noisy_hidden_states(self, batch, alpha, seeds, drop_last=drop_last)
 
     def product_precision(self) -> AbstractContextManager[Any]:
         """Return a context in which matrix products run in this model's precision, whatever autocast is on around it."""

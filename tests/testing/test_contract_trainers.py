@@ -23,7 +23,7 @@ class TestSFT(TrainerContract):
 @pytest.mark.slow
 class TestSFTOnPrompts(TrainerContract):
     method = "sft"
-    options: ClassVar = {"prompt_loss_weight": 0.5}
+    options: ClassVar = {"prompt_loss_weight": 0.5, "neftune_alpha": 5.0}
 
 
 class TestDPO(TrainerContract):
