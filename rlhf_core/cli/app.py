@@ -18,6 +18,7 @@ from rlhf_core.cli import (
     evaluate,
     find_flaws,
     fisher,
+    init,
     merge,
     methods,
     publish,
@@ -45,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 methods.add_to(app)
+init.add_to(app)
 data.add_to(app)
 train.add_to(app)
 run_recipe.add_to(app)

@@ -66,16 +66,21 @@ def show(
         print_plugin(name, every=every, as_json=as_json)
 
 
-def schema(name: Name) -> None:
-    """Print the JSON schema of a method's options."""
-    from rlhf_core import registry
-    from rlhf_core.registry.distributions import WITHOUT_CLASS
+def schema(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A method, or a kind of file: recipe, evaluate, test-capabilities.",
+            autocompletion=shell_completion.names,
+        ),
+    ],
+) -> None:
+    """Print the JSON schema of a method's whole file: `method`, `model`, `data`, `output` and all of its options.
 
-    plugin = registry.lookup(name)
-    if plugin.kind in WITHOUT_CLASS:
-        from rlhf_core.infra.errors import ConfigError
+    Editors check and complete files by it; `rlhf init METHOD` writes one beside a file that names it. Of a reward it has the
+    options alone.
+    """
+    from rlhf_core.cli.file_schemas import schema_of
 
-        raise ConfigError(
-            f"a {plugin.kind} has no schema of options", place=f"{plugin.kind} `{name}`", fix="name a method"
-        )
-    print_json(registry.ask(plugin, lambda cls: cls.Config.model_json_schema()))
+    print_json(schema_of(name))

@@ -22,6 +22,10 @@ class NotOnHub(Exception):
     """The hub has nothing of a name, gives no access to it, or can't be reached."""
 
 
+class HubUnreachable(NotOnHub):
+    """The hub can't be reached, so that nothing is known of a name."""
+
+
 def ask_hub(name: str, kind: Kind = "model") -> str | None:
     """Ask the hub, by one request, whether it can deliver what is called `name`. One that can't be reached isn't asked again.
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from rlhf_core.infra.errors import ModelError, first_line, nearest
 from rlhf_core.infra.files import read_json, sha256_of, storage_errors
 from rlhf_core.infra.found_paths import looked_in, places_of, unexpanded
-from rlhf_core.infra.hub_access import NotOnHub, ask_hub, stay_offline
+from rlhf_core.infra.hub_access import HubUnreachable, NotOnHub, ask_hub, stay_offline
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,8 @@ def require_on_hub(name: str) -> None:
     if unreachable is None:
         return
     if not any(isinstance(file, str) for file in known):
-        raise no_such_model(name, NotOnHub(unreachable))
+        cause = HubUnreachable(unreachable)
+        raise no_such_model(name, cause) from cause
     log.warning("%s: %s; the copy in its cache is taken", name, unreachable)
     stay_offline()
 

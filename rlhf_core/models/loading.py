@@ -267,7 +267,9 @@ def check_there(source: str, role: str = "model") -> None:
     except ModelError as error:
         if role == "model":
             raise
-        raise ModelError(error.problem, place=f"{role}: {error.place}", got=error.got, fix=error.fix) from None
+        raise ModelError(error.problem, place=f"{role}: {error.place}", got=error.got, fix=error.fix) from (
+            error.__cause__
+        )
 
 
 def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base: str, headless: bool = False) -> None:

@@ -17,8 +17,10 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.data_survey import DataSurvey, NotedMistakes, survey_data
 from rlhf_core.data.open_source import check_paths, data_files, has_splits
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.files import readable_size
 from rlhf_core.infra.host_memory import available_bytes
+from rlhf_core.infra.hub_access import HubUnreachable
 from rlhf_core.infra.model_files import is_adapter
 from rlhf_core.models.loading import ModelOutline, check_there, read_outline
 from rlhf_core.training.cost_estimate import RunCost, model_size, readable_time, training_cost
@@ -46,6 +48,8 @@ class RunForecast:
     """Of `data` and `eval_data`, those that are files here."""
     unread: list[str] = field(default_factory=list)
     """Data that aren't here, such as names on the hub."""
+    unchecked: list[str] = field(default_factory=list)
+    """Models that aren't here, and about which the hub can't be asked."""
     steps: int | None = None
     steps_exact: bool = False
     """Whether all rows were read, or `max_steps` is set."""
@@ -63,6 +67,9 @@ class RunForecast:
         """Return the figures as lines of text."""
         found = [line for key, survey in self.surveys.items() for line in _rows_lines(key, survey)]
         found += [f"{name} isn't a local path: its rows weren't read" for name in self.unread]
+        found += [
+            f"{name} isn't a local path, and the hub can't be reached: it wasn't checked" for name in self.unchecked
+        ]
         if self.prompts:
             found.append(f"logging.samples: {self.prompts} prompts, completed at the start, under way and at the end")
         if self.steps is not None:
@@ -114,27 +121,36 @@ def forecast(checked: CheckedJob, *, limit: int | None = ROWS_READ) -> RunForeca
             found.prompts = len(open_fixed_prompts(job.trainer()))
     outline = None
     if options is not None:
-        outline, options = _outline(checked.given.get("model"), options, found.mistakes)
+        outline, options = _outline(checked.given.get("model"), options, found)
     _survey(found, checked, options, outline, limit)
     if job is not None and options is not None and not found.mistakes:
         _measure(found, job, options, outline, devices)
     return found
 
 
-def _outline(model: Any, options: TrainerConfig, mistakes: NotedMistakes) -> tuple[ModelOutline | None, TrainerConfig]:
+def _check_model(source: str, role: str, found: RunForecast) -> bool:
+    """Return whether a model is there, as far as can be known; else note why not."""
+    try:
+        check_there(source, role)
+    except RLHFError as error:
+        # Without a network nothing is known of a name, but that it isn't a slip of one that is here.
+        if isinstance(error.__cause__, HubUnreachable) and "did you mean" not in (error.fix or ""):
+            found.unchecked.append(source)
+        else:
+            with found.mistakes.noted():
+                raise
+            return False
+    return True
+
+
+def _outline(model: Any, options: TrainerConfig, found: RunForecast) -> tuple[ModelOutline | None, TrainerConfig]:
     """Return the outline of a model on the disk, and the options with the `max_length` that it gives."""
     for name, beside in models_beside(options).items():
-        with mistakes.noted():
-            check_there(beside.path, name)
-    if not isinstance(model, str):
-        return None, options
-    before = len(mistakes)
-    with mistakes.noted():
-        check_there(model)
-    if len(mistakes) > before or not Path(model).expanduser().exists():
+        _check_model(beside.path, name, found)
+    if not isinstance(model, str) or not _check_model(model, "model", found) or not Path(model).expanduser().exists():
         return None, options
     outline = None
-    with mistakes.noted():
+    with found.mistakes.noted():
         outline = read_outline(model, trust_remote_code=options.trust_remote_code)
         options = with_length(options, outline.max_positions)
     return outline, options

@@ -1,0 +1,93 @@
+"""The schemas describe whole files: every example fits, and what a file can't hold doesn't."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_core import registry
+from rlhf_core.cli.file_schemas import FILES, schema_of
+from rlhf_core.config.yaml_file import load_yaml
+
+jsonschema = pytest.importorskip("jsonschema")
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+METHODS = [f"{kind}:{name}" for kind in ("trainer", "sampler", "merger") for name in sorted(registry.View(kind))]
+
+
+def faults(name: str, values: dict[str, Any]) -> list[str]:
+    found = jsonschema.Draft202012Validator(schema_of(name)).iter_errors(values)
+    return [f"{error.json_path}: {error.message}" for error in found]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_fits(file: Path) -> None:
+    values, _ = load_yaml(file)
+    assert faults("recipe" if "stages" in values else f"trainer:{values['method']}", values) == []
+
+
+@pytest.mark.parametrize("name", [*METHODS, *FILES])
+def test_each_is_a_schema_that_refuses_unknown_keys(name: str) -> None:
+    schema = schema_of(name)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["additionalProperties"] is False
+    assert all("description" in about for key, about in schema["properties"].items() if key != "method")
+    assert json.loads(json.dumps(schema)) == schema
+
+
+RUN = {"model": "m", "data": "rows.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("sft", {"data": ["a", {"path": "b", "weight": 2}], "eval_data": None, "output": "o", "preset": "7b"}),
+        ("sft", {"data": {"path": "b"}, "lora": True, "early_stopping": False, "logging": {"samples": "hello"}}),
+        (
+            "sft",
+            {"max_steps": "${STEPS}", "learning_rate": "${RATE:-1e-4}", "lora": {"quantize": "${BITS}", "rank": 4}},
+        ),
+        ("rlhf-core:sft", {}),
+        ("grpo", {"rewards": "length", "generation": {"stop": "###"}, "shaping": "overlong"}),
+        ("grpo", {"rewards": [{"name": "length", "weight": 2}, "regex"]}),
+        ("distill", {"teacher": "t"}),
+        ("distill", {"teacher": {"path": "t", "precision": "bf16"}}),
+    ],
+)
+def test_what_a_file_may_write(method: str, values: dict[str, Any]) -> None:
+    assert faults(f"trainer:{method.removeprefix('rlhf-core:')}", {"method": method, **RUN, **values}) == []
+
+
+def test_a_merge_with_its_short_forms() -> None:
+    models = ["a", {"model": "b", "weight": 0.4, "density": 0.3}]
+    assert faults("ties", {"method": "ties", "models": models, "density": [0, 1], "base": "b", "output": "o"}) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "at"),
+    [
+        ({"lr": 1e-4}, "$: Additional properties"),
+        ({"lora": {"r": 8}}, "$.lora"),
+        ({"batch_size": "many"}, "$.batch_size"),
+        ({"batch_size": 0}, "$.batch_size"),
+        ({"precision": "bf17"}, "$.precision"),
+        ({"method": "dpo"}, "$.method"),
+        ({"data": [3]}, "$.data"),
+        ({"dataset": {"colums": {}}}, "$.dataset"),
+    ],
+)
+def test_what_it_may_not(values: dict[str, Any], at: str) -> None:
+    (found,) = faults("sft", {"method": "sft", **RUN, **values})
+    assert found.startswith(at)
+
+
+def test_a_recipe_and_what_has_no_options(rlhf) -> None:
+    stage = {"method": "sft", "data": "d"}
+    assert faults("recipe", {"model": "m", "output": "o", "stages": [stage]}) == []
+    assert faults("recipe", {"stages": []})
+    assert faults("recipe", {"model": "m", "stages": [{"data": "d"}]})
+    code, out, _ = rlhf("schema", "recipe")
+    assert code == 0 and json.loads(out)["title"] == "Recipe of `rlhf run`"
