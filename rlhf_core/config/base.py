@@ -193,7 +193,7 @@ def _one_error(cls: type[BaseModel], first: ErrorDetails, place: Mapping[str, st
     problem = f"`{key}`: {message}" if key and not named else message
     if fix is None and key in SAME_NAME and first["type"] in ("literal_error", "model_type", "model_attributes_type"):
         fix = SAME_NAME[key]
-    if isinstance(first["input"], bool):
+    if isinstance(first["input"], bool) and first["type"] not in ("model_type", "model_attributes_type"):
         mend = "write a number" if first["type"] == "flag_for_number" else "put the text in quotes if you meant text"
         fix = f"YAML reads yes, no, on and off as true and false: {mend}"
     return ConfigError(problem, place=where, got=got, fix=fix)

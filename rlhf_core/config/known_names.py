@@ -136,13 +136,14 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
             llama_factory="default_system",
             differs="`chat` puts plain rows into the template; a system message stands in the rows themselves",
         ),
+        KnownName("dataset.processes", "dataset_num_proc", "dataset_processes", "preprocessing_num_workers"),
         KnownName(
             "",
-            "dataset_num_proc dataset_kwargs remove_unused_columns dataloader_num_workers dataloader_pin_memory"
-            " dataloader_drop_last dataloader_prefetch_factor dataloader_persistent_workers",
-            "dataset_processes dataset_prepared_path dataset_keep_in_memory dataloader_num_workers dataset_exact_deduplication"
+            "dataset_kwargs remove_unused_columns dataloader_num_workers dataloader_pin_memory dataloader_drop_last"
+            " dataloader_prefetch_factor dataloader_persistent_workers",
+            "dataset_prepared_path dataset_keep_in_memory dataloader_num_workers dataset_exact_deduplication"
             " skip_prepare_dataset",
-            "preprocessing_num_workers overwrite_cache dataloader_num_workers tokenized_path preprocessing_batch_size",
+            "overwrite_cache dataloader_num_workers tokenized_path preprocessing_batch_size",
             differs="nothing needs to be set: rows are read and kept by the loop, and columns that nothing uses do no harm",
         ),
         KnownName(
@@ -226,9 +227,10 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
         KnownName(
             "optimizer.name",
             "optim",
-            "optimizer",
+            "",
             "optim",
-            differs="`adamw` is the default, `adamw_8bit` and `muon` step the matrices in layers",
+            differs="`adamw` (theirs `adamw_torch`), `adamw_8bit` or `muon`, in the group `optimizer`",
+            elsewhere="optimizer_name optimizer_type",
         ),
         KnownName(
             "optimizer.weight_decay",
@@ -424,24 +426,19 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
             elsewhere="eval_every eval_interval val_check_interval",
         ),
         KnownName(
-            "early_stopping.keep_best",
+            "keep_best",
             "load_best_model_at_end",
             "load_best_model_at_end",
             "load_best_model_at_end",
-            differs="the checkpoint with the best `early_stopping.metric` is kept and exported",
+            differs="the metric that decides, such as `keep_best: eval_loss`; the best checkpoint is kept and exported",
         ),
+        KnownName("keep_best.metric", "metric_for_best_model", "metric_for_best_model", "metric_for_best_model"),
         KnownName(
-            "early_stopping.metric",
-            "metric_for_best_model",
-            "metric_for_best_model",
-            "metric_for_best_model",
-        ),
-        KnownName(
-            "early_stopping.mode",
+            "keep_best.mode",
             "greater_is_better",
             "greater_is_better",
             "greater_is_better",
-            differs="`max` or `min`",
+            differs="`max` for true, `min` for false; `auto`, the default, knows the metrics of the methods",
         ),
         KnownName("early_stopping.patience", axolotl="early_stopping_patience", llama_factory="early_stopping_steps"),
         KnownName("early_stopping.min_delta", elsewhere="early_stopping_threshold"),
@@ -533,6 +530,7 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
         KnownName("on_policy", "lmbda", differs="share of the rollouts that the student draws itself"),
         KnownName(
             "prompt_loss_weight",
+            "completion_only_loss train_on_completion_only",
             axolotl="train_on_inputs",
             llama_factory="train_on_prompt",
             differs="a number: 1 trains on every token, 0, the default, on responses alone",
@@ -549,10 +547,10 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
         ),
         KnownName(
             "",
-            "completion_only_loss assistant_only_loss train_on_completion_only",
+            "assistant_only_loss",
             "roles_to_train train_on_eos",
             "mask_history",
-            differs="the loss is on responses (every assistant turn) and their end token; `dataset.turns` makes each turn a row",
+            differs="the loss is on every assistant turn and its end token; `dataset.turns: each` makes each turn a row",
         ),
     ),
     "Online methods": (
@@ -620,9 +618,16 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
         ),
     ),
     "Code and hub": (
+        KnownName("trust_remote_code", elsewhere="allow_remote_code"),
+        KnownName("push_to_hub.repo", "hub_model_id", "hub_model_id", "hub_model_id"),
+        KnownName("push_to_hub.private", "hub_private_repo", "", "hub_private_repo"),
+        KnownName("push_to_hub.revision", "hub_revision"),
         KnownName(
-            "trust_remote_code",
-            elsewhere="allow_remote_code",
+            "push_to_hub",
+            "hub_strategy",
+            "hub_strategy",
+            "hub_strategy",
+            differs="a group, `{repo: owner/name}`: the model is uploaded at the end",
         ),
         KnownName(
             "",
@@ -639,7 +644,9 @@ SAME_NAME = {
     "micro_batch_size": "in axolotl the rows per device and accumulated batch; here the most rows in one forward pass, of the"
     " `batch_size` of a step",
     "dataset": "in LLaMA-Factory the names of the data, which here is `data`; here how rows are read, a group",
-    "optimizer": "in axolotl the optimiser's name, which here is `optimizer.name`; here a group of options",
+    "optimizer": "in axolotl the optimiser's name, which here is `optimizer: {name: adamw}` (or `adamw_8bit`, `muon`); here a"
+    " group of options",
+    "push_to_hub": "in TRL true or false; here where to: `push_to_hub: {repo: owner/name}`",
     "adapter": "in axolotl `lora` or `qlora`, which here is `lora: {rank: 16, alpha: 32}`, with `quantize: 4bit` for QLoRA;"
     " here what becomes of an adapter that `model` is",
     "eval_steps": "a whole number of steps, never a share of the run (TRL's `0.1`)",

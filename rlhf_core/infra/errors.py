@@ -180,6 +180,9 @@ def nearest_names(name: str, choices: Iterable[str], most: int = 3) -> list[str]
     folded = {choice.casefold().replace("-", "_"): choice for choice in choices}
     asked = name.casefold().replace("-", "_")
     found = difflib.get_close_matches(asked, folded, n=8, cutoff=0.6)
+    # What says more than is meant, as `adamw_torch` does, begins with it.
+    if begun := [one for one in found if asked.startswith(f"{one}_")]:
+        return [folded[max(begun, key=len)]]
     # difflib takes `rgpo` to be as near to `orpo` as to `grpo`: it doesn't know that letters are swapped.
     slips = {one: _slips(asked, one) for one in found}
     least = min(slips.values(), default=0)
