@@ -154,7 +154,7 @@ def _print(survey: DataSurvey, model: str | None, most: int) -> None:
     if model is None:
         print_note("Lengths in tokens, what `max_length` cuts and rows as the model sees them need `--model`.")
     for line in report.warnings():
-        print_wrapped(f"note: {line}")
+        print_wrapped(f"note: {_short(line, survey)}")
     if survey.plain:
         print_wrapped(f"note: {PLAIN}")
     for picture in survey.pictures:
@@ -163,6 +163,12 @@ def _print(survey: DataSurvey, model: str | None, most: int) -> None:
         what = "in green" if _coloured() else f"between {_MARKS[0]} and {_MARKS[1]}"
         print_note(f"Tokens in the loss are {what}.")
     print_mistakes(survey.mistakes, most)
+
+
+def _short(line: str, survey: DataSurvey) -> str:
+    """Return a line of the report without the name of the file, where there is one alone: rows as `:12`."""
+    line = line.removeprefix(f"{survey.report.name}: ")
+    return line.replace(f"{survey.files[0]}:", ":") if len(survey.files) == 1 else line
 
 
 def _epoch(survey: DataSurvey) -> str:

@@ -60,14 +60,19 @@ class Lengths:
         return ordered[len(ordered) - 1 - int(share * len(ordered))] if ordered else 0
 
     def histogram(self, bins: int = 10) -> list[tuple[int, int, int]]:
-        """Return (least, most, rows) of up to so many intervals of equal width, the last up to the longest row."""
+        """Return (least, most, rows) of up to so many intervals of equal width.
+
+        Where a few rows are far longer than all others, the last interval is wider and holds those.
+        """
         if not self.values:
             return []
-        low, high = min(self.values), max(self.values)
-        width = max(1, -(-(high - low + 1) // bins))
-        counts = Counter((value - low) // width for value in self.values)
+        low, longest, usual = min(self.values), max(self.values), self.at_most(0.01)
+        high = usual if longest - low > 1.5 * (usual - low) else longest
+        width = max(1, -(-(high - low + 1) // (bins if high == longest else bins - 1)))
+        counts = Counter(min(value - low, high - low) // width if value <= high else -1 for value in self.values)
         last = (high - low) // width
-        return [(low + n * width, min(high, low + (n + 1) * width - 1), counts[n]) for n in range(last + 1)]
+        found = [(low + n * width, min(high, low + (n + 1) * width - 1), counts[n]) for n in range(last + 1)]
+        return found if high == longest else [*found, (high + 1, longest, counts[-1])]
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""

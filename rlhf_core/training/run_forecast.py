@@ -80,7 +80,9 @@ class RunForecast:
         if self.cost.memory is not None:
             of = f"{readable_size(self.device_bytes)} {'free' if self.device == 'cpu' else 'of it'}"
             short = "; it may not fit" if self.cost.memory > self.device_bytes else ""
-            found.append(f"memory: roughly {readable_size(self.cost.memory)} on this {self.device} ({of}){short}")
+            found.append(
+                f"memory: roughly {readable_size(self.cost.memory)} on this {self.device.upper()} ({of}){short}"
+            )
         if self.cost.seconds is not None:
             found.append(f"time: roughly {readable_time(self.cost.seconds)} on this machine")
         if self.disk is not None and self.disk_free is not None:

@@ -43,7 +43,7 @@ def test_rows_are_encoded_as_for_a_model(rlhf, tmp_path: Path, model: str) -> No
     assert (code, err) == (0, "")
     assert "max_length 40 cuts 64.4 % of the rows; 78 would cut 1 %, 78 none" in out
     assert "<|bos|><|user|>What is 2 + 2?<|end|><|assistant|>\nresponse:\n«4<|end|>»\n" in out
-    assert f"note: {path}: 38 of 59 rows: truncated" in out
+    assert "note: 38 of 59 rows: truncated (:22, :23, " in out
     assert ", truncated\n" in out and "Tokens in the loss are between « and »." in out
     # The default comes from the model, as in a run.
     assert "max_length 64 cuts" in rlhf("data", path, "--model", model)[1]

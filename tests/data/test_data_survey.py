@@ -116,6 +116,8 @@ def test_a_histogram_counts_every_row_once() -> None:
     found = lengths.histogram(10)
     assert sum(rows for *_, rows in found) == 5
     assert (found[0], found[-1]) == ((3, 12, 3), (93, 101, 1))
+    lengths.values.extend([10] * 400)
+    assert lengths.histogram(4) == [(3, 5, 3), (6, 8, 0), (9, 10, 400), (11, 101, 2)]
     lengths.values = lengths.values[:2]
     assert lengths.histogram() == [(3, 3, 2)]
 
