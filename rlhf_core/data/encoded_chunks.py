@@ -18,7 +18,6 @@ import pyarrow as pa
 
 from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data.data_report import DataReport
-from rlhf_core.data.encoded_data import add_to_hash
 from rlhf_core.data.encoder import Encoder
 from rlhf_core.data.row_cache import as_arrow
 from rlhf_core.data.row_source import Row
@@ -85,15 +84,26 @@ def _encoded_alone(encoder: Encoder, options: DatasetConfig, rows: Sequence[Row]
 def _encoded(encoder: Encoder, options: DatasetConfig, rows: Sequence[Row]) -> EncodedChunk:
     """Encode rows that follow those that the encoder has encoded."""
     report = DataReport(encoder.record, "", files=[], template_sha256=None, quiet=True)
-    digest, kept = hashlib.sha256(), []
+    kept = []
     with _without_collections():
         for outcome in encoder.encode(rows):
             report.add(outcome, strict=options.strict)
             if outcome.row is not None:
-                add_to_hash(digest, outcome.row)
                 kept.append(outcome.row)
         batch = as_arrow(kept)
-    return EncodedChunk(batch, digest.digest(), report.state_dict(), encoder.state_dict(), encoder.checker.state_dict())
+    return EncodedChunk(batch, _digest(batch), report.state_dict(), encoder.state_dict(), encoder.checker.state_dict())
+
+
+def _digest(batch: pa.RecordBatch) -> bytes:
+    """Return a hash of encoded rows: of their numbers, ids, masks, prompts and other columns."""
+    digest = hashlib.sha256()
+    for column in batch.columns[:-1]:
+        while isinstance(column, pa.ListArray):
+            digest.update(column.offsets.to_numpy().tobytes())
+            column = column.values
+        digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+    digest.update("\n".join(batch.columns[-1].to_pylist()).encode())  # JSON has no line feed within
+    return digest.digest()
 
 
 @contextmanager
