@@ -189,6 +189,8 @@ class RowChecker:
         columns = {name: col for name, col in shape.columns.items() if name != "prompt" or not parts.prompt_inside}
         used = used - {*shape.columns.values()} | {*columns.values()}
         known = {*self.contract.optional} - {"messages", "text", "input", "system", "tools"} | used | self.ignored
+        if known.issuperset(values):
+            return ()
         texts, same = parts.texts, [values[column] for column in columns.values()]
         answers = parts.texts[-len(parts.responses) :]
         asked = [text for name in ("prompt", "input") if isinstance(text := values.get(columns.get(name, "")), str)]

@@ -324,9 +324,9 @@ class _RowColumns:
     def hold_prompts(self, found: Mapping[str, str]) -> bool:
         """Return whether both responses of a pair contain the prompt: turns that begin with a question, or whole dialogues."""
         answers = [found[name] for name in self.contract.responses if name in found]
-        kinds = {self.kind(column) for column in answers}
         if len(answers) < 2:
             return False
+        kinds = {self.kind(column) for column in answers}
         if kinds == {"dialogue"}:
             if self.format not in ("auto", "dialogue"):
                 return False
