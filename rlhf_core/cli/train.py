@@ -212,7 +212,7 @@ def _checked(check: Callable[[], Checked], target: str) -> Checked:
 def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration as a valid file, headed by comments on what the run would read, take and write."""
     from rlhf_core.config.training import models_beside
-    from rlhf_core.data.open_source import data_files
+    from rlhf_core.data.open_source import data_entries
 
     job, found = _forecast(target, flags)
     if resume and "output" not in job.places:
@@ -224,9 +224,11 @@ def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -
     ]
     for key in ("data", "eval_data"):
         given = job.run.model_dump()[key]
-        for path, weight in [] if given is None else data_files(given) or []:
-            name, times = str(path), "" if weight == 1 else f", weight {weight:g}"
-            lines.append(f"{key}: {_place(name)} (record type `{job.method.record_type(job.options)}`{times})")
+        for entry in [] if given is None else data_entries(given) or []:
+            amounts = (("weight", entry.weight), ("share", entry.share), ("rows", entry.rows))
+            used = "".join(f", {amount} {value:g}" for amount, value in amounts if value not in (1.0, None))
+            kind = job.method.record_type(job.options)
+            lines.append(f"{key}: {_place(str(entry.path))} (record type `{kind}`{used})")
     lines += found.lines()
     output = Path(str(job.run.output))
     state = "new"

@@ -27,6 +27,10 @@ DEFAULT_MAX_LENGTH = 1024
 """What `max_length` is at most where it isn't set."""
 
 
+RowFormat = Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"]
+"""Names of the shapes that rows may have."""
+
+
 class TrainingStage(StrEnum):
     """Which part of the pipeline a trainer belongs to."""
 
@@ -342,7 +346,7 @@ class BatchingConfig(BaseConfig):
 class DatasetConfig(BaseConfig):
     """How rows are read."""
 
-    format: Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"] = Field(
+    format: RowFormat = Field(
         "auto",
         description="Shape of the rows (docs/data.md shows each); `auto` recognises it and says so, another value refuses rows of"
         " any other.",

@@ -50,6 +50,7 @@ class DataReport:
         self.shapes: dict[str, dict[str, Any]] = {}
         self.labels: dict[str, int] = {}
         self.absent: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, dict[str, int]] = {}
         self.complete = False
 
     @property
@@ -65,9 +66,14 @@ class DataReport:
                 something that the chat template doesn't render.
         """
         self.rows += 1
-        for column, fix in outcome.absent:
-            _tally(self.absent, column, outcome.place)
-            self.absent[column].setdefault("fix", fix)
+        entry = None
+        if outcome.entry is not None:
+            entry = self.entries.setdefault(outcome.entry, dict.fromkeys(("rows", "kept", "tokens"), 0))
+            entry["rows"] += 1
+        for column, fix, owner in outcome.absent:
+            name = column if owner is None else f"{owner}: {column}"
+            _tally(self.absent, name, outcome.place)
+            self.absent[name] = {"column": column, "entry": owner, "fix": fix} | self.absent[name]
         if strict and (outcome.refused or outcome.truncated):
             raise DataError(
                 outcome.refused or "longer than max_length, and would be truncated",
@@ -110,6 +116,10 @@ class DataReport:
             return
         row = outcome.row
         self.kept += 1
+        if entry is not None:
+            entry.setdefault("first", row.index)
+            entry["kept"] += 1
+            entry["tokens"] += row.num_tokens
         self.prompt_tokens += len(row.prompt_ids)
         self.response_tokens += sum(map(len, row.responses))
         self.loss_tokens += sum(map(sum, row.masks))
@@ -148,11 +158,13 @@ class DataReport:
 
     def check(self) -> None:
         """Raise what `finish` does."""
-        for column, tally in self.absent.items():
-            if tally["rows"] == self.rows:
-                raise ConfigError(
-                    f"no row has a column `{column}`", place=f"dataset.columns, for {self.name}", fix=tally["fix"]
-                )
+        for tally in self._absent_columns():
+            owner = tally["entry"]
+            place = (
+                f"dataset.columns, for {self.name}" if owner is None else f"`columns` of the entry `{owner}` of data"
+            )
+            fix = tally["fix"] if owner is None else tally["fix"].replace("dataset.columns", "columns")
+            raise ConfigError(f"no row has a column `{tally['column']}`", place=place, fix=fix)
         if not self.kept:
             got = ", ".join(f"{tally['rows']} × {reason}" for reason, tally in self.dropped.items())
             raise DataError(
@@ -193,16 +205,21 @@ class DataReport:
 
         Only the end of the stream, which may never come, would show that it is missing. Call this after each row that is kept.
         """
-        for column, tally in self.absent.items():
-            if self.kept == _FIRST and tally["rows"] == self.rows:
-                logger.warning(
-                    "%s: none of the first %d rows has a column `%s`: %s", self.name, self.rows, column, tally["fix"]
-                )
+        for tally in self._absent_columns() if self.kept == _FIRST else ():
+            logger.warning(
+                "%s: none of the first %d rows has a column `%s`: %s",
+                self.name, tally["rows"], tally["column"], tally["fix"],
+            )  # fmt: skip
         if self.kept == _FIRST and (missing := self._missing_label()) is not None:
             logger.warning(
                 "%s: none of the first %d rows has the label `%s`, and unpaired data need both labels: %s, mixed with the others",
                 self.name, self.kept, missing, _GIVE_BOTH[missing],
             )  # fmt: skip
+
+    def _absent_columns(self) -> list[dict[str, Any]]:
+        """Return the tallies of columns that were named, and that none of the rows that they are for has so far."""
+        rows = {name: entry["rows"] for name, entry in self.entries.items()}
+        return [tally for tally in self.absent.values() if tally["rows"] == rows.get(tally["entry"], self.rows)]
 
     def _missing_label(self) -> str | None:
         """Return the label that no row of `unpaired` has so far; None where both occur or the record type has none."""
@@ -248,6 +265,7 @@ class DataReport:
             "shapes",
             "labels",
             "absent",
+            "entries",
             "prompt_tokens",
             "response_tokens",
             "loss_tokens",

@@ -1,14 +1,15 @@
-"""Rows from several sources as one sequence, each source as often as its weight says; and the sources that are in memory."""
+"""Rows from several sources as one sequence, of each source as many as its part says; and the sources that are in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_core.data.row_source import Cursor, Row, RowSource
+from rlhf_core.data.row_source import Cursor, Row, RowEntry, RowSource
 from rlhf_core.infra.errors import DataError, RLHFError, describe_error
 
 _BYTES_A_ROW = 1024
@@ -66,20 +67,45 @@ class IterableRows(RowSource):
             yield Row(row, f"{self.name}[{line}]", values, Cursor(start.source, row + 1, line + 1))
 
 
-class DataSource:
-    """Several sources read one after the other, each row as often as the weight of its source says.
+@dataclass(frozen=True)
+class SourcePart:
+    """The sources that one entry of `data` names, and how many of their rows are taken."""
 
-    The fraction of a weight is a share of the rows, which are read once more. Which rows depends on nothing but the number of the
-    source and of the line, so it is the same in every epoch and process.
+    sources: Sequence[RowSource]
+    """Files or tables, at least one."""
+    weight: float = 1.0
+    """How often each row comes. The fraction of a weight is a share of the rows, which come once more."""
+    rows: int | None = None
+    """How many rows are taken: the first ones, and where there are fewer, those again from the beginning; None takes all."""
+    entry: RowEntry | None = None
+    """What its rows carry with them; None where it is all of the data, and they are read as the data as a whole are."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+        return self.sources[0].name if self.entry is None else f"{self.sources[0].name} (`{self.entry.name}`)"
+
+
+class DataSource:
+    """Several sources read one after the other, each row as often as its part says.
+
+    Which rows come once more depends on nothing but the number of the source and of the line, so it is the same in every epoch
+    and process.
 
     Args:
-        sources: files or tables, at least one.
-        weights: one per source; 1.0 each where None.
+        parts: at least one.
+        groups: the share of each group of parts from which rows are drawn by probability, and the numbers of its parts, which
+            follow those of the group before it; none where all rows are read one after the other.
     """
 
-    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float] | None = None) -> None:
-        self.sources = list(sources)
-        self.weights = list(weights) if weights is not None else [1.0] * len(self.sources)
+    def __init__(self, parts: Sequence[SourcePart], groups: Sequence[tuple[float, Sequence[int]]] = ()) -> None:
+        self.parts, self.groups = list(parts), list(groups)
+        self.sources = [source for part in self.parts for source in part.sources]
+        self._firsts = list(itertools.accumulate((len(part.sources) for part in self.parts), initial=0))
+        self._group_of = [0] * len(self.parts)
+        for group, (_, numbers) in enumerate(self.groups):
+            for number in numbers:
+                self._group_of[number] = group
 
     @property
     def name(self) -> str:
@@ -87,57 +113,113 @@ class DataSource:
         more = f" and {len(self.sources) - 1} more" if len(self.sources) > 1 else ""
         return self.sources[0].name + more
 
-    def rows(self, start: Cursor = Cursor()) -> Iterator[Row]:  # noqa: B008
-        """Yield the rows from `start` on.
+    @property
+    def shares(self) -> list[float]:
+        """Share of each group that rows are drawn from; empty where all rows are read one after the other."""
+        return [share for share, _ in self.groups]
+
+    def rows(self, start: Cursor = Cursor(), *, parts: Collection[int] | None = None) -> Iterator[Row]:  # noqa: B008
+        """Yield the rows from `start` on. Rows of different groups have different numbers, also where only some parts are read.
+
+        Args:
+            parts: numbers of the parts that are read, all of one group; None reads all.
 
         Raises:
             DataError: a source is malformed or has no rows.
         """
-        cursor = start
-        for number, source in enumerate(self.sources[start.source :], start.source):
-            if number != start.source:
-                cursor = Cursor(number, cursor.row)
-            empty = cursor.line == 0 and cursor.copy == 0
-            rows = source.rows(cursor)
-            while (row := next_row(rows, source, cursor)) is not None:
-                empty = False
-                for copied in self._repeated(row, cursor):
-                    yield copied
-                    cursor = copied.after
-                cursor = row.after._replace(row=cursor.row)
-            if empty:
-                raise DataError("holds no rows", place=source.name, fix="give data with at least one row")
+        cursor, before = start, None
+        for number, part in enumerate(self.parts):
+            first, end = self._firsts[number : number + 2]
+            if cursor.source >= end or (parts is not None and number not in parts):
+                continue
+            group = self._group_of[number]
+            if cursor.source < first:
+                cursor = Cursor(first, cursor.row if before in (None, group) else 0)
+            for row in self._rows_of(part, cursor, first, group):
+                yield row
+                cursor = row.after
+            cursor, before = cursor._replace(source=max(cursor.source, first)), group
 
-    def _repeated(self, row: Row, before: Cursor) -> Iterator[Row]:
-        """Yield a row as often as its source's weight says. `before` is the cursor before it, or between two of its copies."""
-        weight = self.weights[before.source]
-        if weight == 1:
-            yield Row(before.row, row.place, row.values, row.after._replace(row=before.row + 1))
-            return
-        key = hashlib.blake2b(f"{before.source} {row.after.line}".encode(), digest_size=8).digest()
-        copies = int(weight) + (int.from_bytes(key) / 2**64 < weight % 1)
-        for copy in range(before.copy, copies):
-            number = before.row + copy - before.copy
-            after = before._replace(row=number + 1, copy=copy + 1)
-            if copy + 1 == copies:
-                after = row.after._replace(row=number + 1)
-            yield Row(number, row.place, row.values, after)
+    def _rows_of(self, part: SourcePart, start: Cursor, first: int, group: int) -> Iterator[Row]:
+        """Yield a part's rows from `start` on. `first` is the number of its first source."""
+        cursor, groups = start, max(1, len(self.groups))
+        plain = groups == 1 and part.entry is None and part.rows is None  # most data, and copying a row takes time
+        while part.rows is None or cursor.taken < part.rows:
+            for number in range(cursor.source, first + len(part.sources)):
+                if number != cursor.source:
+                    cursor = Cursor(number, cursor.row, taken=cursor.taken)
+                for row in self._source_rows(part, part.sources[number - first], cursor):
+                    cursor = row.after if part.rows is None else row.after._replace(taken=cursor.taken + 1)
+                    if plain:
+                        yield row
+                        continue
+                    yield replace(row, index=row.index * groups + group, after=cursor, entry=part.entry)
+                    if cursor.taken == part.rows:
+                        return
+            if part.rows is None:
+                return
+            cursor = Cursor(first, cursor.row, taken=cursor.taken)
+
+    def _source_rows(self, part: SourcePart, source: RowSource, start: Cursor) -> Iterator[Row]:
+        """Yield the rows of one source from `start` on, each as often as the part's weight says."""
+        cursor = start
+        empty = cursor.line == 0 and cursor.copy == 0
+        rows = source.rows(cursor)
+        while (row := next_row(rows, source, cursor)) is not None:
+            empty = False
+            for copied in _repeated(row, cursor, part.weight):
+                yield copied
+                cursor = copied.after
+            cursor = row.after._replace(row=cursor.row)
+        if empty:
+            raise DataError("holds no rows", place=source.name, fix="give data with at least one row")
 
     @property
     def size(self) -> float:
         """Approximate size in bytes over all sources, weights counted in; infinite where one isn't known."""
-        return sum(source.size * weight for source, weight in zip(self.sources, self.weights, strict=True))
+        return sum(_size(part) for part in self.parts)
 
     def state(self) -> list[list[float]]:
         """Return for each source numbers that change when it is written again (see `RowSource.state`)."""
         return [source.state() for source in self.sources]
 
     def identity(self, *, whole: bool) -> list[dict[str, Any]]:
-        """Return each source's content fingerprint (see `RowSource.identity`), with its weight where that isn't 1."""
-        return [
-            call_reader(source.name, source.identity, whole=whole) | ({"weight": weight} if weight != 1 else {})
-            for source, weight in zip(self.sources, self.weights, strict=True)
-        ]
+        """Return each source's content fingerprint (see `RowSource.identity`), with what decides which rows it gives and how they
+        are read."""
+        found = []
+        for part in self.parts:
+            entry = part.entry
+            said: dict[str, Any] = {
+                "entry": entry.name if entry is not None else None,
+                "weight": part.weight if part.weight != 1 else None,
+                "rows": part.rows,
+                "columns": dict(entry.columns) if entry is not None else None,
+                "format": entry.format if entry is not None else None,
+            }
+            kept = {name: value for name, value in said.items() if value}
+            found += [call_reader(source.name, source.identity, whole=whole) | kept for source in part.sources]
+        return found
+
+
+def _size(part: SourcePart) -> float:
+    """Return the approximate size of a part in bytes, of which it may take fewer."""
+    size = sum(source.size for source in part.sources) * part.weight
+    return size if part.rows is None else max(size, part.rows * _BYTES_A_ROW)
+
+
+def _repeated(row: Row, before: Cursor, weight: float) -> Iterator[Row]:
+    """Yield a row as often as a weight says. `before` is the cursor before it, or between two of its copies."""
+    if weight == 1:
+        yield Row(before.row, row.place, row.values, row.after._replace(row=before.row + 1))
+        return
+    key = hashlib.blake2b(f"{before.source} {row.after.line}".encode(), digest_size=8).digest()
+    copies = int(weight) + (int.from_bytes(key) / 2**64 < weight % 1)
+    for copy in range(before.copy, copies):
+        number = before.row + copy - before.copy
+        after = before._replace(row=number + 1, copy=copy + 1)
+        if copy + 1 == copies:
+            after = row.after._replace(row=number + 1)
+        yield Row(number, row.place, row.values, after)
 
 
 def next_row(rows: Iterator[Row], source: RowSource, cursor: Cursor) -> Row | None:

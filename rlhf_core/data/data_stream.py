@@ -40,6 +40,7 @@ class DataStream:
         rank: int = 0,
         world_size: int = 1,
         held_out: bool = False,
+        once: bool = False,
     ) -> None:
         """Start at the beginning of the first epoch.
 
@@ -51,10 +52,11 @@ class DataStream:
             shuffle: False keeps the data's order.
             rank, world_size: this process's number, and how many processes there are.
             held_out: whether the rows are for evaluation; there may then be fewer of them than processes.
+            once: take every row once in an epoch, also where they are drawn by shares.
 
         Raises:
             ConfigError: `batch_size` isn't divisible by the number of processes, there are fewer rows than processes, or part of
-                a first epoch is asked for and the number of rows isn't known.
+                a first epoch is asked for, or an epoch of rows drawn by shares, and the number of rows isn't known.
         """
         _check_shares(batch_size, world_size, None if held_out else dataset.num_rows)
         if epochs is not None and epochs < 1 and dataset.num_rows is None:
@@ -64,9 +66,16 @@ class DataStream:
                 got=str(epochs),
                 fix="set `max_steps`, whole `epochs`, or `dataset.streaming: false`",
             )
+        if epochs is not None and dataset.mixed and not once and dataset.num_rows is None:
+            raise ConfigError(
+                "rows drawn from a stream by shares have no end",
+                place="epochs",
+                got=f"{epochs:g}, and `dataset.streaming`",
+                fix="set `max_steps`, or `dataset.streaming: false`",
+            )
         self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
-        self._held_out = held_out
+        self._held_out, self._once = held_out, once
         self._state: _State = (0, [], 0, 0)
         self._ahead: deque[tuple[RowOutcome | None, _State]] = deque()
         self._waiting = 0
@@ -180,7 +189,7 @@ class DataStream:
         rows = self.dataset.num_rows
         total = self._total(rows)
         while total is None or drawn < total:
-            walk = self.dataset.walk(epoch, seed=self.seed, shuffle=self.shuffle, position=position)
+            walk = self._epoch_from(epoch, position)
             for outcome, position in walk:
                 if outcome.row is not None:
                     if drawn == total:
@@ -192,7 +201,14 @@ class DataStream:
                 yield None, (epoch, position, in_epoch, drawn)
             if not rows:
                 return
-            epoch, position, in_epoch = epoch + 1, [], 0
+            drawn_on = self.dataset.mixed and not self._once  # each part has epochs of its own, which go on
+            epoch, position, in_epoch = epoch + 1, position if drawn_on else [], 0
+
+    def _epoch_from(self, epoch: int, position: Position) -> Iterator[tuple[RowOutcome, Position]]:
+        """Yield an epoch's rows from a position on, each with the position after it."""
+        if self._once:
+            return self.dataset.walk(epoch, seed=self.seed, shuffle=self.shuffle, position=position)
+        return self.dataset.draw(epoch, seed=self.seed, shuffle=self.shuffle, position=position)
 
     def _look_ahead(self, wanted: int) -> int:
         """Read until `wanted` rows wait to be taken, or the end is reached; return how many wait."""
@@ -219,7 +235,7 @@ class DataStream:
         if outcome is None:
             report.finish()
             return None
-        if self.dataset.streaming and not report.complete:
+        if self.dataset.streaming and not report.complete and not outcome.again:
             report.add(outcome, strict=self.dataset.options.strict)
             if outcome.row is not None:
                 report.warn_of_first_rows()

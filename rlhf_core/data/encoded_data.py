@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data.data_report import DataReport
 from rlhf_core.data.encoder import PLAIN, EncodedRow, Encoder, RowOutcome
+from rlhf_core.data.mixture import Part, Position, mixture
 from rlhf_core.data.open_source import open_source
 from rlhf_core.infra.errors import ConfigError
 
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-Position = list[Any]
-"""Position of a walk within an epoch, as JSON values; empty at the beginning."""
 
 
 class EncodedData(ABC):
@@ -76,6 +75,9 @@ class EncodedData(ABC):
             template_sha256=self.encoder.template.sha256,
         )
         self._read()
+        if self.mixed:
+            shares = json.dumps(self.source.groups)
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint} {shares}".encode()).hexdigest()
         self._warn_of_plain_text()
 
     @abstractmethod
@@ -87,14 +89,50 @@ class EncodedData(ABC):
     def num_rows(self) -> int | None:
         """Number of rows in an epoch; None where that isn't known yet."""
 
+    @property
+    def mixed(self) -> bool:
+        """Whether rows are drawn from parts of the data, each with its share of them."""
+        return bool(self.source.groups)
+
     @abstractmethod
     def walk(
-        self, epoch: int, *, seed: int, shuffle: bool, position: Position
+        self, epoch: int, *, seed: int, shuffle: bool, position: Position, parts: Collection[int] | None = None
     ) -> Iterator[tuple[RowOutcome, Position]]:
-        """Yield an epoch's rows from a position on, each with the position after it.
+        """Yield an epoch's rows from a position on, each once, with the position after it.
 
         A streaming dataset also yields the outcomes of refused rows, to be counted as they are read.
+
+        Args:
+            parts: numbers of the parts of `source` whose rows are meant; None for all.
         """
+
+    def draw(
+        self, epoch: int, *, seed: int, shuffle: bool, position: Position
+    ) -> Iterator[tuple[RowOutcome, Position]]:
+        """Yield an epoch's rows in the order of training: as `walk` does, or drawn by their shares, as many as there are rows.
+
+        The position at the end of an epoch of drawn rows is where the next one begins. Where the number of rows isn't known, that
+        epoch has no end.
+        """
+        if not self.mixed:
+            yield from self.walk(epoch, seed=seed, shuffle=shuffle, position=position)
+            return
+
+        def part(group: int) -> Part:
+            _, numbers = self.source.groups[group]
+            return lambda again, at: self.walk(again, seed=seed, shuffle=shuffle, position=at, parts=numbers)
+
+        end = None if self.num_rows is None else (epoch + 1) * self.num_rows
+        walks = {
+            self.source.parts[numbers[0]].name: part(group) for group, (_, numbers) in enumerate(self.source.groups)
+        }
+        yield from mixture(walks, self.source.shares, seed=seed, position=position, end=end)
+
+    def entry_of(self, index: int) -> str:
+        """Return the name of the entry of `data` that the row of that number is of; empty text where there is one entry alone."""
+        firsts = {entry["first"]: name for name, entry in self.report.entries.items() if "first" in entry}
+        found = max((first for first in firsts if first <= index), default=None)
+        return "" if found is None else firsts[found]
 
     def _warn_of_plain_text(self) -> None:
         """Warn where rows are plain text, there is a chat template, and `dataset.wrap` doesn't say whether to use it."""

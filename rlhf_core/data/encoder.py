@@ -94,10 +94,14 @@ class RowOutcome:
     """Warnings on what the chat template doesn't render."""
     set_aside: tuple[str, ...] = ()
     """Warnings on turns that are kept out of the loss because no question precedes them, or no answer follows."""
-    absent: tuple[tuple[str, str], ...] = ()
-    """Columns that `dataset.columns` names and the row lacks, each with a suggested fix."""
+    absent: tuple[tuple[str, str, str | None], ...] = ()
+    """Columns that `dataset.columns` names and the row lacks; see `CheckedRow`."""
     tokens: int = 0
     """Tokens of the prompt with its longest response, before the row was truncated or refused."""
+    entry: str | None = None
+    """Name of the entry of `data` that the row is of, where there are several."""
+    again: bool = False
+    """Whether the row was counted before: a mixture reads a small part several times."""
 
 
 @dataclass(slots=True)
@@ -401,6 +405,7 @@ class Encoder:
         return RowOutcome(
             checked.place, row, reason, truncated and row is not None, control,
             checked.left_out, checked.read_as, checked.unused, notes, lost, checked.set_aside, checked.absent, tokens,
+            checked.entry,
         )  # fmt: skip
 
     def _empty_prompt_id(self, checked: CheckedRow) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch.utils.data
 
 from rlhf_core.data.encoded_chunks import encoded_chunks
@@ -110,9 +112,18 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
         return len(self)
 
     def walk(
-        self, epoch: int, *, seed: int, shuffle: bool, position: Position
+        self, epoch: int, *, seed: int, shuffle: bool, position: Position, parts: Collection[int] | None = None
     ) -> Iterator[tuple[RowOutcome, Position]]:
-        order = random_generator(seed, epoch).permutation(len(self)).tolist() if shuffle else range(len(self))
-        for first in range(position[0] if position else 0, len(self), _FETCH):
-            for number, row in enumerate(self.rows(order[first : first + _FETCH]), first + 1):
+        numbers = np.arange(len(self)) if parts is None else self._rows_of(parts)
+        key = (seed, epoch) if parts is None else (seed, epoch, 2, min(parts))
+        order = numbers[random_generator(*key).permutation(len(numbers))] if shuffle else numbers
+        for first in range(position[0] if position else 0, len(order), _FETCH):
+            for number, row in enumerate(self.rows(order[first : first + _FETCH].tolist()), first + 1):
                 yield RowOutcome("", row), [number]
+
+    def _rows_of(self, parts: Collection[int]) -> np.ndarray:
+        """Return the numbers of the rows that some parts of the data gave, in order."""
+        names = [part.entry.name if part.entry is not None else "" for part in self.source.parts]
+        kept = [self.report.entries[name]["kept"] for name in names]
+        ends = list(itertools.accumulate(kept, initial=0))
+        return np.concatenate([np.arange(ends[part], ends[part + 1]) for part in sorted(parts)])

@@ -9,12 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config.run_file import DataFile
-from rlhf_core.data.data_source import DataSource, IterableRows, ListRows, TableRows, call_reader, next_row
+from rlhf_core.config.run_file import DataFile, grouped_by_share
+from rlhf_core.data.data_source import (
+    DataSource,
+    IterableRows,
+    ListRows,
+    SourcePart,
+    TableRows,
+    call_reader,
+    next_row,
+)
+from rlhf_core.data.hub_files import downloaded, is_hub_url, parse_hub_url, repository_of
 from rlhf_core.data.json_files import JsonArray, JsonLines
-from rlhf_core.data.row_source import COMPRESSION, Cursor, RowSource
+from rlhf_core.data.row_source import COMPRESSION, Cursor, RowEntry, RowSource
 from rlhf_core.data.table_files import Delimited, ParquetRows
-from rlhf_core.infra.errors import DataError, first_line, shortened
+from rlhf_core.infra.errors import ConfigError, DataError, first_line, shortened
 from rlhf_core.infra.found_paths import looked_in, places_of, unexpanded
 from rlhf_core.infra.hub_access import ask_hub, offline
 
@@ -39,52 +48,112 @@ def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> 
     """Open data of any kind as a source of rows. Files are read when their rows are.
 
     Args:
-        data: a path, a pattern of paths, a folder, a hub name (`owner/name` or `owner/name:config`), a `datasets` object, a list
-            of rows, or a list of paths and names, each alone or with a weight (`{"path": …, "weight": 2}`).
+        data: a path, a pattern of paths, a folder, a hub name (`owner/name` or `owner/name:config`), a file on the hub
+            (`hf://datasets/owner/name/file`), a `datasets` object, a list of rows, or a list of paths and names, each alone or as
+            an entry (`{"path": …, "weight": 2}`, see `DataFile`).
         split: which split to take, where the data come in splits.
         streaming: whether `datasets` streams what it loads from the hub, rather than downloading it first.
 
     Raises:
+        ConfigError: an entry is wrong, or the shares don't add up.
         DataError: nothing of that name exists, it can't be read as data, or the list is empty.
     """
     if isinstance(data, Sequence) and not isinstance(data, str) and not data:
         raise DataError("holds no rows", place="data", got="an empty list")
-    files = data_files(data)
-    if files is not None:
-        opened = [(source, weight) for path, weight in files for source in _named(path, split, streaming)]
-        return DataSource([source for source, _ in opened], [weight for _, weight in opened])
-    if isinstance(data, Sequence):
-        return DataSource([ListRows(data)])
-    return DataSource([_dataset(data, "data", split)])
+    entries = data_entries(data)
+    if entries is None:
+        return DataSource(
+            [SourcePart([ListRows(data) if isinstance(data, Sequence) else _dataset(data, "data", split)])]
+        )
+    groups = grouped_by_share(entries)
+    names = entry_names(entries)
+    several = len(entries) > 1
+    parts: list[SourcePart] = []
+    ranges: list[tuple[float, list[int]]] = []
+    for share, numbers in groups:
+        ranges.append((share, list(range(len(parts), len(parts) + len(numbers)))))
+        parts += [_part(entries[number], names[number], split, streaming, known=several) for number in numbers]
+    return DataSource(parts, ranges if len(ranges) > 1 else ())
+
+
+def _part(entry: DataFile, name: str, split: str, streaming: bool, *, known: bool) -> SourcePart:
+    """Open one entry of `data`. `known` says whether its rows carry its name."""
+    reading = RowEntry(name, tuple(entry.columns.items()), entry.format)
+    sources = _named(entry.path, entry.split or split, streaming)
+    carried = reading if known or entry.columns or entry.format else None
+    return SourcePart(sources, entry.weight, entry.rows, carried)
+
+
+def data_entries(data: Any) -> list[DataFile] | None:
+    """Return the entries of `data`, each a path or hub name and how it is used; None where `data` is rows or a `datasets` object.
+
+    Raises:
+        ConfigError: an option of an entry is wrong.
+    """
+    items = data if isinstance(data, Sequence) and not isinstance(data, str) else [data]
+    if not all(isinstance(item, str | Path | DataFile) or _is_entry(item) for item in items):
+        return None
+    entries: list[DataFile] = []
+    for number, item in enumerate(items):
+        if isinstance(item, Mapping):
+            entries.append(DataFile.parse({**item, "path": str(item["path"])}, place=f"data[{number}]"))
+        else:
+            entries.append(item if isinstance(item, DataFile) else DataFile.model_construct(path=item))
+    return entries
 
 
 def data_files(data: Any) -> list[tuple[str | Path, float]] | None:
     """Return the paths and hub names in `data`, each with its weight; None where `data` is rows or a `datasets` object.
 
     Raises:
-        ConfigError: a weight isn't a positive number.
+        ConfigError: an option of an entry is wrong.
     """
-    items = data if isinstance(data, Sequence) and not isinstance(data, str) else [data]
-    if not all(isinstance(item, str | Path) or _is_weighted(item) for item in items):
-        return None
-    files: list[tuple[str | Path, float]] = []
-    for number, item in enumerate(items):
-        if isinstance(item, str | Path):
-            files.append((item, 1.0))
-        else:
-            file = DataFile.parse({**item, "path": str(item["path"])}, place=f"data[{number}]")
-            files.append((file.path, file.weight))
-    return files
+    entries = data_entries(data)
+    return None if entries is None else [(entry.path, entry.weight) for entry in entries]
 
 
-def _is_weighted(item: Any) -> bool:
-    return isinstance(item, Mapping) and isinstance(item.get("path"), str | Path) and {*item} <= {"path", "weight"}
+def _is_entry(item: Any) -> bool:
+    known = {*DataFile.model_fields}
+    return isinstance(item, Mapping) and isinstance(item.get("path"), str | Path) and {*item} <= known
+
+
+def entry_names(entries: Sequence[DataFile]) -> list[str]:
+    """Return a name for each entry: its own, else its file's, with the folder's or a number where two would be alike.
+
+    Raises:
+        ConfigError: two entries are given one name.
+    """
+    given = [entry.name for entry in entries if entry.name is not None]
+    if twice := next((name for name in given if given.count(name) > 1), None):
+        raise ConfigError("two entries have one name", place="data", got=twice, fix="give each another `name`")
+    short = [entry.name or _short_name(entry.path) for entry in entries]
+    long = [entry.name or _short_name(entry.path, folders=1) for entry in entries]
+    names: list[str] = []
+    for own, longer in zip(short, long, strict=True):
+        name = first = own if short.count(own) == 1 else longer
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{first}_{number}"
+        names.append(name)
+    return names
+
+
+def _short_name(path: str | Path, folders: int = 0) -> str:
+    """Return the last part of a path or hub name, without its ending, and so many folders before it, as a word."""
+    pieces = [piece for piece in re.split(r"[/\\]", str(path)) if piece.strip(".~") and not {*piece} & {*"*?["}]
+    kept = pieces[-1 - folders :] or ["data"]
+    end = next((end for end in sorted(SUFFIXES, key=len, reverse=True) if kept[-1].casefold().endswith(end)), "")
+    text = "_".join([*kept[:-1], kept[-1].removesuffix(kept[-1][len(kept[-1]) - len(end) :] if end else "")])
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_.-") or "data"
 
 
 def check_paths(data: Any) -> None:
     """Raise `DataError` where `data` names a file that doesn't exist. Reads nothing, so it can run before a model is loaded."""
     for path, _ in data_files(data) or []:
-        if not _exists(path) and not _is_hub_name(path) and not matching_files(path):
+        if is_hub_url(path):
+            parse_hub_url(str(path))
+        elif not _exists(path) and not _is_hub_name(path) and not matching_files(path):
             raise _no_such_file(path)
 
 
@@ -101,6 +170,8 @@ def has_splits(data: Any) -> bool:
 
 
 def _has_splits(name: str | Path) -> bool:
+    if is_hub_url(name):
+        return repository_of(name) is not None
     if not _exists(name):
         return _is_hub_name(name)
     return (_path(name) / "dataset_dict.json").exists() or bool(_splits(_files(_path(name))))
@@ -145,6 +216,10 @@ def _is_hub_name(name: str | Path) -> bool:
 
 def _named(name: str | Path, split: str, streaming: bool) -> list[RowSource]:
     """Return the sources that a path, pattern, folder or hub name stands for."""
+    if is_hub_url(name):
+        if (address := repository_of(name)) is not None:
+            return [_load(address.name, address.config, split, streaming, address.revision)]
+        return [_file(path) for path in downloaded(str(name))]
     if not _exists(name):
         if matched := matching_files(name):
             return [_file(path) for path in matched]
@@ -311,15 +386,16 @@ def _first_columns(source: RowSource) -> frozenset[str]:
     return frozenset(map(str, row.values)) if row is not None else frozenset()
 
 
-def _load(name: str, config: str | None, split: str, streaming: bool) -> RowSource:
+def _load(name: str, config: str | None, split: str, streaming: bool, revision: str | None = None) -> RowSource:
     """Load a hub name, or a folder of a kind that only `datasets` knows."""
     import datasets
 
     unreachable = None
     try:
         unreachable = None if _exists(name) else ask_hub(name, "dataset")
+        given: dict[str, Any] = {} if revision is None else {"revision": revision}
         with offline(unreachable is not None):
-            loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
+            loaded = datasets.load_dataset(name, config, split=split, streaming=streaming, **given)
     except Exception as error:  # Loading scripts, decoders and the network raise errors of any kind.
         offline_too = unreachable is not None and isinstance(error, ConnectionError)
         raise _not_loaded(name, unreachable if offline_too else first_line(error)) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts.records import RECORDS, Prompt
-from rlhf_core.data.data_source import DataSource
+from rlhf_core.data.data_source import DataSource, SourcePart
 from rlhf_core.data.open_source import SUFFIXES, open_source
 from rlhf_core.data.row_checker import CheckedRow, RowChecker
 from rlhf_core.data.row_source import COMPRESSION, Cursor, Row, TextFile
@@ -123,7 +123,7 @@ def _rows_of(path: str | Path, split: str, streaming: bool) -> Iterator[Row]:
     if str(path).casefold().endswith(_LINES) and not where.is_dir():
         if not where.is_file():
             raise DataError("no such file", place=str(path), fix=near_path(where))
-        return DataSource([PromptLines(where)]).rows()
+        return DataSource([SourcePart([PromptLines(where)])]).rows()
     return open_source(path, split=split, streaming=streaming).rows()
 
 

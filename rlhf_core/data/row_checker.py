@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_core.contracts.records import RECORDS, Message, Prompt, RecordType
@@ -11,7 +11,7 @@ from rlhf_core.data.columns import ASKING, TEXT, TURNS, value_kind
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, wrong_type
 from rlhf_core.data.prompt_responses import PromptResponses, read_prompt_responses
 from rlhf_core.data.row_shapes import Format, RowShape, ShapeRecogniser
-from rlhf_core.data.row_source import Row
+from rlhf_core.data.row_source import Row, RowEntry
 from rlhf_core.data.row_values import as_json, check_sound, is_json
 from rlhf_core.infra.errors import ConfigError, DataError, did_you_mean, nearest, shortened
 
@@ -63,8 +63,11 @@ class CheckedRow:
     """Columns of text, turns or images that aren't used and don't repeat what is used."""
     set_aside: tuple[str, ...] = ()
     """Warnings on turns that are kept out of the loss because no question precedes them, or no answer follows."""
-    absent: tuple[tuple[str, str], ...] = ()
-    """Columns that `dataset.columns` names and the row lacks, each with a suggested fix."""
+    absent: tuple[tuple[str, str, str | None], ...] = ()
+    """Columns that `dataset.columns` names and the row lacks, each with a suggested fix and, where an entry of `data` names it
+    instead, the name of that."""
+    entry: str | None = None
+    """Name of the entry of `data` that it is of, where there are several."""
 
 
 class RowChecker:
@@ -98,6 +101,8 @@ class RowChecker:
                     fix=did_you_mean(name, known),
                 )
         self.recogniser = ShapeRecogniser(self.contract, format, self.columns, self.ignored)
+        self._given = (record, self.columns, format, tuple(ignored))
+        self._entries: dict[RowEntry, RowChecker] = {}
         self._margin: bool | None = None
         self._complete = False
         """Whether an earlier row had every required column."""
@@ -129,7 +134,13 @@ class RowChecker:
         Raises:
             DataError: a column is missing, of the wrong type, empty, or not a value that can be encoded; or it is ambiguous which
                 column is which.
+            ConfigError: the row's entry of `data` names a column that the record type doesn't have.
         """
+        if row.entry is not None and (row.entry.columns or row.entry.format):
+            checked = self._for_entry(row.entry).check(replace(row, entry=None))
+            own = {name for _, name in row.entry.columns}
+            lacks = tuple((name, fix, row.entry.name if name in own else None) for name, fix, _ in checked.absent)
+            return replace(checked, entry=row.entry.name, absent=lacks)
         check_sound(row.values, row.place)
         shape = self.recogniser.read(self._renamed(row.values), row.place)
         found, values = shape.columns, shape.values
@@ -154,8 +165,16 @@ class RowChecker:
         return CheckedRow(
             row.index, row.place, parts.prompt, parts.responses, parts.tools,
             per_prompt, per_response, as_json(parts.prompt), kept, left_out, shape.read_as, unused,
-            parts.set_aside, self._absent(row),
+            parts.set_aside, self._absent(row), row.entry.name if row.entry is not None else None,
         )  # fmt: skip
+
+    def _for_entry(self, entry: RowEntry) -> RowChecker:
+        """Return the checker for the rows of an entry of `data` that has columns or a format of its own."""
+        if entry not in self._entries:
+            record, columns, format, ignored = self._given
+            own: Any = entry.format or format
+            self._entries[entry] = RowChecker(record, {**columns, **dict(entry.columns)}, format=own, ignored=ignored)
+        return self._entries[entry]
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row's values with the columns that `dataset.columns` names renamed to the record type's fields."""
@@ -169,10 +188,10 @@ class RowChecker:
                 renamed.pop(name, None)
         return renamed
 
-    def _absent(self, row: Row) -> tuple[tuple[str, str], ...]:
+    def _absent(self, row: Row) -> tuple[tuple[str, str, str | None], ...]:
         """Return the columns that `dataset.columns` names and the row lacks, each with a suggested fix."""
         return tuple(
-            (own, f"`dataset.columns.{name}`: {did_you_mean(own, map(str, row.values))}")
+            (own, f"`dataset.columns.{name}`: {did_you_mean(own, map(str, row.values))}", None)
             for name, own in self.columns.items()
             if own not in row.values
         )

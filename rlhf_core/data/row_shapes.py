@@ -10,8 +10,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from rlhf_core.config.training import RowFormat
 from rlhf_core.contracts.records import RecordType
 from rlhf_core.data.columns import CHATS, CONVERSATIONS, HISTORY, OTHER_NAMES, TEXT, TURNS, folded_name, value_kind
 from rlhf_core.data.messages import (
@@ -23,7 +24,7 @@ from rlhf_core.data.messages import (
 )
 from rlhf_core.infra.errors import DataError, shortened
 
-Format = Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"]
+Format = RowFormat
 """Names of the shapes, the values of `dataset.format`."""
 
 _WORDS: dict[str, str] = {

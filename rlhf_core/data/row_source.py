@@ -34,6 +34,20 @@ class Cursor(NamedTuple):
     """Uncompressed bytes (in a JSON array: characters) before it in its source; 0 where unknown."""
     copy: int = 0
     """How often the next row was already read, where rows are repeated by a weight."""
+    taken: int = 0
+    """Rows already taken of its entry of `data`, where that says how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowEntry:
+    """An entry of `data`, as its rows are read and counted."""
+
+    name: str
+    """Its name in reports; no other entry has it."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """Columns of its own: field of the record type, the data's column."""
+    format: str | None = None
+    """Shape of its rows, where that is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,8 @@ class Row:
     """Column → value."""
     after: Cursor
     """The cursor after it."""
+    entry: RowEntry | None = None
+    """The entry of `data` that it is of, where there are several."""
 
 
 class RowSource(ABC):

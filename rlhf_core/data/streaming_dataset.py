@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 import torch.utils.data
@@ -61,14 +61,16 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
         return self.report.kept if self.report.complete else None
 
     def walk(
-        self, epoch: int, *, seed: int, shuffle: bool, position: Position
+        self, epoch: int, *, seed: int, shuffle: bool, position: Position, parts: Collection[int] | None = None
     ) -> Iterator[tuple[RowOutcome, Position]]:
         # A position: the block's number, the cursor at its beginning, rows taken from it, and outcomes taken of the next row.
         block, cursor, taken, within = position or (0, Cursor(), 0, 0)
         cursor = Cursor(*cursor)
-        rows = self.source.rows(cursor)
+        rows = self.source.rows(cursor, parts=parts)
+        own = () if parts is None else (min(parts),)
         while chunk := list(itertools.islice(rows, self._block_size(epoch, block, seed, shuffle))):
-            order = random_generator(seed, epoch, 0, block).permutation(len(chunk)) if shuffle else range(len(chunk))
+            key = (seed, epoch, 0, block, *own)
+            order = random_generator(*key).permutation(len(chunk)) if shuffle else range(len(chunk))
             for first in range(taken, len(chunk), _ENCODE):
                 numbers = order[first : first + _ENCODE]
                 # With `dataset.turns: each` a row has one outcome per turn.

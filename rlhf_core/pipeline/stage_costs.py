@@ -107,8 +107,8 @@ def _rows_and_tokens(data: Any) -> tuple[int | None, float]:
     texts: list[int] = []
     total: float | None = 0.0
     try:
-        for path, weight in (data_files(data) or []) if not list(references(data)) else []:
-            file = Path(path).expanduser()
+        for entry in (data_entries(data) or []) if not list(references(data)) else []:
+            file = Path(entry.path).expanduser()
             if not file.is_file():
                 total = None
                 continue
@@ -117,7 +117,8 @@ def _rows_and_tokens(data: Any) -> tuple[int | None, float]:
             if total is not None and lengths:
                 # Compressed files and tables hold fewer bytes than their rows have as JSON.
                 whole = len(lengths) < _SEEN
-                total += weight * (len(lengths) if whole else file.stat().st_size * len(lengths) / sum(lengths))
+                held = len(lengths) if whole else file.stat().st_size * len(lengths) / sum(lengths)
+                total += entry.rows or entry.weight * held
     except RLHFError:
         return None, 256.0
     if not texts:

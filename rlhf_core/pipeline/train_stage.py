@@ -15,7 +15,7 @@ from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import DatasetConfig, TrainingStage, models_beside
 from rlhf_core.config.yaml_file import dump_yaml, overlay
 from rlhf_core.contracts.trainer import Trainer
-from rlhf_core.data.open_source import data_files
+from rlhf_core.data.open_source import data_entries
 from rlhf_core.infra.errors import ConfigError, RLHFError, nearest, shortened
 from rlhf_core.infra.files import read_json, remove_tree, replace_file
 from rlhf_core.pipeline.first_rows import check_first_rows
@@ -179,14 +179,15 @@ class TrainStage(Stage):
             if given is None or list(references(given)):
                 continue
             try:
-                files = data_files([given] if isinstance(given, Mapping) else given) or []
+                entries = data_entries([given] if isinstance(given, Mapping) else given) or []
             except RLHFError:  # of the options, which name it
                 continue
             split = options.eval_split if key == "eval_data" else options.split
             consumer = f"`{self.entry.method}`"
-            for path, _ in files:
+            for entry in entries:
+                own = entry.options(options, split)
                 errors += check_first_rows(
-                    str(path), record, options, split, consumer=consumer, place=self.entry.place(key)
+                    str(entry.path), record, own, own.split, consumer=consumer, place=self.entry.place(key)
                 )
         return errors
 

@@ -13,7 +13,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.encoded_data import EncodedData
 from rlhf_core.data.encoder import Encoder
-from rlhf_core.data.open_source import data_files, has_splits
+from rlhf_core.data.open_source import data_entries, data_files, has_splits
 from rlhf_core.data.text_options import save_text_options
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models.loading import read_outline
@@ -98,14 +98,15 @@ def keep_encoding(trainer: Trainer, dataset: EncodedData) -> None:
 def _eval_config(trainer: Trainer) -> TrainerConfig:
     """Return the configuration to read `eval_data` with; where they have named splits, its split is `dataset.eval_split`."""
     config, options = trainer.config, trainer.config.dataset
-    for path, weight in data_files(trainer.eval_data) or []:
-        if weight != 1:
-            raise ConfigError(
-                "held-out rows have no weight: each is scored once",
-                place="eval_data",
-                got=f"{path}: {weight}",
-                fix="leave it out",
-            )
+    for entry in data_entries(trainer.eval_data) or []:
+        for name, value in (("weight", entry.weight), ("share", entry.share)):
+            if value not in (1, None):
+                raise ConfigError(
+                    f"held-out rows have no {name}: each is scored once",
+                    place="eval_data",
+                    got=f"{entry.path}: {value}",
+                    fix="leave it out",
+                )
     trained, held_out = _paths_and_names(trainer.data), _paths_and_names(trainer.eval_data)
     same = sorted(trained & held_out)
     if not has_splits(trainer.eval_data):
@@ -240,4 +241,5 @@ def one_pass(
         rank=distribution.rank,
         world_size=distribution.world_size,
         held_out=held_out,
+        once=True,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core import registry
 from rlhf_core.contracts.trainer import Trainer
-from rlhf_core.data.open_source import data_files
+from rlhf_core.data.open_source import data_entries
 from rlhf_core.infra.environment import describe_environment
 from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.measured_choices import measured_choices, take_recorded
@@ -51,11 +51,12 @@ def method_origin(trainer: Trainer) -> dict[str, Any]:
 
 
 def _described(source: Any) -> Any:
-    """Return a model or data as plain values: a path or hub name, paths with their weights, or an object's class and length."""
+    """Return a model or data as plain values: a path or hub name, paths with their use, or an object's class and length."""
     if isinstance(source, str | Path):
         return str(source)
-    if isinstance(source, list | tuple | Mapping) and source and (files := data_files(source)) is not None:
-        return [str(path) if weight == 1 else {"path": str(path), "weight": weight} for path, weight in files]
+    if isinstance(source, list | tuple | Mapping) and source and (entries := data_entries(source)) is not None:
+        written = [{**entry.model_dump(mode="json"), "path": str(entry.path)} for entry in entries]
+        return [entry["path"] if len(entry) == 1 else entry for entry in written]
     if hasattr(source, "__len__"):
         return f"<{type(source).__name__} of {len(source)}>"
     return f"<{type(source).__name__}>"

@@ -187,7 +187,7 @@ def _check_stream(stream: SavedStream, dataset: EncodedData) -> None:
         if wrong:
             raise ValueError(f"state.json is malformed at `stream.report.{wrong[0]}`")
     try:
-        walk = dataset.walk(stream.epoch, seed=stream.seed, shuffle=stream.shuffle, position=stream.position)
+        walk = dataset.draw(stream.epoch, seed=stream.seed, shuffle=stream.shuffle, position=stream.position)
         next(iter(walk), None)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(f"state.json is malformed at `stream.position`: {error}") from None

@@ -232,7 +232,7 @@ def test_resume_reads_one_block_again(monkeypatch, tmp_path):
     again = opened(tmp_path / "rows.jsonl", streaming=True, block=10)
     read = []
     rows = again.source.rows
-    monkeypatch.setattr(again.source, "rows", lambda cursor: (read.append(row) or row for row in rows(cursor)))
+    monkeypatch.setattr(again.source, "rows", lambda cursor, **parts: (read.append(row) or row for row in rows(cursor)))
     resumed = DataStream(again, batch_size=5, seed=2)
     resumed.load_state_dict(state)
     next(resumed)
