@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlhf_core.config.training import DEFAULT_MAX_LENGTH, DatasetConfig
 from rlhf_core.contracts.records import RECORDS, Message
 from rlhf_core.data.data_report import DataReport
-from rlhf_core.data.data_source import DataSource
+from rlhf_core.data.data_source import DataSource, SourcePart
 from rlhf_core.data.encoder import EncodedRow, Encoder, RowOutcome
 from rlhf_core.data.open_source import open_source
 from rlhf_core.data.row_checker import CheckedRow, RowChecker, fitting_record
-from rlhf_core.data.row_source import Row, RowSource
+from rlhf_core.data.row_source import Row, RowEntry, RowSource
 from rlhf_core.infra.errors import DataError, RLHFError
 
 if TYPE_CHECKING:
@@ -274,12 +274,13 @@ def recognised_record(source: DataSource, options: DatasetConfig) -> str:
     """
     found: Counter[str] = Counter()
     first: Row | None = None
-    for one in source.sources:
+    for one, entry in ((one, part.entry) for part in source.parts for one in part.sources):
+        named = {**options.columns, **dict(entry.columns if entry is not None else ())}
         one.refused = lambda _: None  # mistakes are noted when all rows are read
         try:
-            for row in itertools.islice(DataSource([one]).rows(), _FIRST):
+            for row in itertools.islice(DataSource([SourcePart([one])]).rows(), _FIRST):
                 first = first or row
-                if fits := fitting_record(row, RECORDS, options.columns):
+                if fits := fitting_record(row, RECORDS, named):
                     found[fits] += 1
         except DataError:
             if first is None and one is source.sources[-1]:
@@ -324,13 +325,16 @@ class _Surveyor:
         """Read the rows of every file or table, at most `limit` of each."""
         found = self.found
         found.recognised, found.epoch_rows = recognised, 0.0
-        for one, weight in zip(self.source.sources, self.source.weights, strict=True):
-            kept = self.report.kept
-            times = self._read(one, limit)
-            if times is None or found.epoch_rows is None:
-                found.epoch_rows = None
-            else:
-                found.epoch_rows += weight * times * (self.report.kept - kept)
+        for part in self.source.parts:
+            for one in part.sources:
+                kept = self.report.kept
+                times = self._read(one, part.entry, limit)
+                if part.rows is None and (times is None or found.epoch_rows is None):
+                    found.epoch_rows = None
+                elif part.rows is None and times is not None and found.epoch_rows is not None:
+                    found.epoch_rows += part.weight * times * (self.report.kept - kept)
+            if part.rows is not None and found.epoch_rows is not None:
+                found.epoch_rows += part.rows
         if found.whole and self.report.rows:
             try:
                 self.report.check()
@@ -339,12 +343,12 @@ class _Surveyor:
         found.plain = self.encoder is not None and self.encoder.plain
         return found
 
-    def _read(self, one: RowSource, limit: int | None) -> float | None:
+    def _read(self, one: RowSource, entry: RowEntry | None, limit: int | None) -> float | None:
         """Read the rows of one file or table; return how many times as many it has as were read, None where that isn't known."""
         found, before = self.found, len(self.found.mistakes)
         one.refused = self._refuse
         first, last = found.rows, None
-        rows: Iterator[Row] = DataSource([one]).rows()
+        rows: Iterator[Row] = DataSource([SourcePart([one], entry=entry)]).rows()
         sound: list[Row] = []
         times: float | None = 1.0
         try:

@@ -144,7 +144,7 @@ def _short_name(path: str | Path, folders: int = 0) -> str:
     pieces = [piece for piece in re.split(r"[/\\]", str(path)) if piece.strip(".~") and not {*piece} & {*"*?["}]
     kept = pieces[-1 - folders :] or ["data"]
     end = next((end for end in sorted(SUFFIXES, key=len, reverse=True) if kept[-1].casefold().endswith(end)), "")
-    text = "_".join([*kept[:-1], kept[-1].removesuffix(kept[-1][len(kept[-1]) - len(end) :] if end else "")])
+    text = "_".join([*kept[:-1], kept[-1][: len(kept[-1]) - len(end)]])
     return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_.-") or "data"
 
 

@@ -81,12 +81,13 @@ class _Scores:
 
 def _by_entry(batch: Batch, dataset: EncodedData, distribution: Distribution) -> Iterator[tuple[str, Batch]]:
     """Yield this process's share of a batch by the entry of `eval_data` that rows are of; every process yields as many parts."""
-    if len(dataset.report.entries) < 2:
+    names = [part.entry.name for part in dataset.source.parts if part.entry is not None]
+    if len(names) < 2:
         yield "", batch
         return
     entries = [dataset.entry_of(row) for row in batch.rows]
     found = {entry for share in distribution.gather(entries) for entry in share}
-    for entry in filter(found.__contains__, dataset.report.entries):
+    for entry in filter(found.__contains__, names):
         yield entry, batch.select([number for number, of_row in enumerate(entries) if of_row == entry])
 
 

@@ -13,7 +13,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.encoded_data import EncodedData
 from rlhf_core.data.encoder import Encoder
-from rlhf_core.data.open_source import data_entries, data_files, has_splits
+from rlhf_core.data.open_source import data_entries, has_splits
 from rlhf_core.data.text_options import save_text_options
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models.loading import read_outline
@@ -108,7 +108,7 @@ def _eval_config(trainer: Trainer) -> TrainerConfig:
                     fix="leave it out",
                 )
     trained, held_out = _paths_and_names(trainer.data), _paths_and_names(trainer.eval_data)
-    same = sorted(trained & held_out)
+    same = sorted(path for path, _ in trained & held_out)
     if not has_splits(trainer.eval_data):
         if same or trainer.eval_data is trainer.data:
             log.warning(
@@ -126,10 +126,10 @@ def _eval_config(trainer: Trainer) -> TrainerConfig:
     return config.model_copy(update={"dataset": options.model_copy(update={"split": options.eval_split})})
 
 
-def _paths_and_names(data: Any) -> set[str]:
-    """Return the paths, made absolute, and the hub names among some data."""
-    named = [Path(path).expanduser() for path, _ in data_files(data) or []]
-    return {str(path.resolve() if path.exists() else path) for path in named}
+def _paths_and_names(data: Any) -> set[tuple[str, str | None]]:
+    """Return the paths, made absolute, and the hub names among some data, each with the split that its entry names."""
+    named = [(Path(entry.path).expanduser(), entry.split) for entry in data_entries(data) or []]
+    return {(str(path.resolve() if path.exists() else path), split) for path, split in named}
 
 
 def open_stream(

@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_helpers import in_words
 
+from rlhf_core.config.run_file import DataFile, RunConfig
 from rlhf_core.contracts.records import RECORDS
 from rlhf_core.data.encoder import Encoder
-from rlhf_core.data.open_source import open_source
+from rlhf_core.data.open_source import data_entries, entry_names, open_source
 from rlhf_core.data.row_shapes import Format
 from rlhf_core.testing.tiny import tiny_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 EXAMPLE = re.compile(r"^```json (\w+)( messages)?\n(.*?)^```\n\n```(?:text|json)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = EXAMPLE.findall(PAGE.read_text(encoding="utf-8"))
+MIXTURES = re.findall(r"^```yaml (\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def becomes(record: str, rows: list[dict], *, as_messages: bool) -> str:
@@ -55,6 +58,22 @@ def test_an_example_becomes_what_the_page_says(record: str, messages: str, rows:
     assert becomes(
         record, [json.loads(row) for row in rows.splitlines()], as_messages=bool(messages)
     ) == expected.rstrip("\n")
+
+
+@pytest.mark.parametrize(("key", "text"), MIXTURES)
+def test_an_example_of_entries_is_valid(key: str, text: str) -> None:
+    given = {"method": "sft", "model": "m", "data": "d", **yaml.safe_load(text)}
+    run = RunConfig.parse(given)
+    entries = data_entries(getattr(run, key))
+    assert entries and len(entry_names(entries)) == len(entries) > 1
+    for entry in entries:  # what its comment says is its name
+        said = re.search(rf"{re.escape(entry.path)}.*# eval_(\w+)_loss", text)
+        assert said is None or said[1] in entry_names(entries)
+
+
+def test_the_page_explains_every_key_of_an_entry() -> None:
+    table = PAGE.read_text(encoding="utf-8").partition("| key of an entry |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == sorted(DataFile.model_fields)
 
 
 def test_the_page_shows_every_record_type_and_format() -> None:
