@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_core.infra.errors import DataError, first_line, nearest
+from rlhf_core.infra.hub_access import ask_hub, offline
 
 _BEGINS = "hf://"
 _ADDRESS = re.compile(
@@ -61,7 +62,9 @@ def downloaded(url: str) -> list[Path]:
     address = parse_hub_url(url)
     assert address.file is not None
     where: dict[str, Any] = {"repo_type": "dataset", "revision": address.revision}
+    unreachable = None
     try:
+        unreachable = ask_hub(address.name, "dataset")
         names = [address.file]
         if {*address.file} & {*"*?["}:
             held = huggingface_hub.list_repo_files(address.name, **where)
@@ -70,13 +73,14 @@ def downloaded(url: str) -> list[Path]:
                 near = nearest(address.file, held)
                 fix = f"it has {near}" if near else f"it has {', '.join(sorted(held)[:5])}"
                 raise DataError("matches no file of the dataset", place=url, fix=fix)
-        return [Path(huggingface_hub.hf_hub_download(address.name, name, **where)) for name in names]
+        with offline(unreachable is not None):
+            return [Path(huggingface_hub.hf_hub_download(address.name, name, **where)) for name in names]
     except DataError:
         raise
     except Exception as error:  # The library and the network raise errors of many kinds.
         raise DataError(
             "cannot be downloaded from the hub",
             place=url,
-            got=first_line(error),
+            got=unreachable or first_line(error),
             fix="check the name, the network, and for a gated set the token",
         ) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.improvement_round import ImprovementConfig
-from rlhf_core.data.open_source import data_files, open_source
+from rlhf_core.data.open_source import data_entries, open_source
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.pipeline.evaluate_stage import EvaluateStage
 from rlhf_core.pipeline.improve_stage import ImproveStage

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,7 +213,9 @@ def _local(data: Any) -> tuple[list[Any], list[str]]:
         if fetched:
             away += fetched
         else:
-            here.append(item)
+            # Shares are checked already, and those of the others would be missing.
+            whole = isinstance(item, Mapping)
+            here.append({key: value for key, value in item.items() if key != "share"} if whole else item)
     return here, away
 
 

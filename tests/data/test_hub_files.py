@@ -36,6 +36,7 @@ def hub(tmp_path, monkeypatch) -> dict[str, bytes]:
         path.write_bytes(files[filename])
         return str(path)
 
+    monkeypatch.setattr("rlhf_core.data.hub_files.ask_hub", lambda name, kind: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo_id, **_: sorted(files))
     files["asked"] = asked
@@ -66,6 +67,7 @@ def test_an_address_without_a_file_is_a_hub_name(monkeypatch):
         given.append((name, config, split, revision))
         return datasets.Dataset.from_list([{"prompt": split, "response": "r"}])
 
+    monkeypatch.setattr("rlhf_core.data.open_source.ask_hub", lambda name, kind: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     data = [
         "hf://datasets/acme/sums",
