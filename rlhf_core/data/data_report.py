@@ -135,6 +135,13 @@ class DataReport:
                 continue
             if not isinstance(value, dict):
                 setattr(self, name, mine + value)
+            elif name == "entries":
+                for key, counts in value.items():
+                    entry = self.entries.setdefault(key, dict.fromkeys(("rows", "kept", "tokens"), 0))
+                    for count in ("rows", "kept", "tokens"):
+                        entry[count] += counts[count]
+                    if "first" in counts:
+                        entry.setdefault("first", counts["first"])
             elif name == "labels":
                 self.labels = {key: mine.get(key, 0) + value.get(key, 0) for key in {**mine, **value}}
             else:

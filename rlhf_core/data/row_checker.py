@@ -106,14 +106,16 @@ class RowChecker:
         self._margin: bool | None = None
         self._complete = False
         """Whether an earlier row had every required column."""
+        self._complete_entries: set[str] = set()
+        """Names of entries with columns or a format of their own of which that is so."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rows so far had: a margin, or None where there was no row yet; and whether one had every column."""
-        return {"margin": self._margin, "complete": self._complete}
+        return {"margin": self._margin, "complete": self._complete, "entries": sorted(self._complete_entries)}
 
     def reset(self) -> None:
         """Forget the rows so far."""
-        self._margin, self._complete = None, False
+        self._margin, self._complete, self._complete_entries = None, False, set()
 
     def absorb(self, state: Mapping[str, Any]) -> bool:
         """Go on as after rows that another checker has checked from its beginning; False where they don't follow those so far.
@@ -126,6 +128,7 @@ class RowChecker:
             return False
         self._margin = margin if self._margin is None else self._margin
         self._complete = self._complete or state["complete"]
+        self._complete_entries |= {*state["entries"]}
         return True
 
     def check(self, row: Row) -> CheckedRow:
@@ -137,10 +140,7 @@ class RowChecker:
             ConfigError: the row's entry of `data` names a column that the record type doesn't have.
         """
         if row.entry is not None and (row.entry.columns or row.entry.format):
-            checked = self._for_entry(row.entry).check(replace(row, entry=None))
-            own = {name for _, name in row.entry.columns}
-            lacks = tuple((name, fix, row.entry.name if name in own else None) for name, fix, _ in checked.absent)
-            return replace(checked, entry=row.entry.name, absent=lacks)
+            return self._check_entry(row, row.entry)
         check_sound(row.values, row.place)
         shape = self.recogniser.read(self._renamed(row.values), row.place)
         found, values = shape.columns, shape.values
@@ -167,6 +167,17 @@ class RowChecker:
             per_prompt, per_response, as_json(parts.prompt), kept, left_out, shape.read_as, unused,
             parts.set_aside, self._absent(row), row.entry.name if row.entry is not None else None,
         )  # fmt: skip
+
+    def _check_entry(self, row: Row, entry: RowEntry) -> CheckedRow:
+        """Check a row of an entry of `data` that has columns or a format of its own."""
+        checker = self._for_entry(entry)
+        checker._margin, checker._complete = self._margin, entry.name in self._complete_entries
+        checked = checker.check(replace(row, entry=None))
+        self._margin = checker._margin
+        self._complete_entries.add(entry.name)
+        own = {name for _, name in entry.columns}
+        lacks = tuple((name, fix, entry.name if name in own else None) for name, fix, _ in checked.absent)
+        return replace(checked, entry=entry.name, absent=lacks)
 
     def _for_entry(self, entry: RowEntry) -> RowChecker:
         """Return the checker for the rows of an entry of `data` that has columns or a format of its own."""

@@ -351,3 +351,19 @@ def test_the_part_of_a_draw_depends_on_seed_and_number_alone():
     drawn = [chosen_part(draw, shares, 3) for draw in range(9000)]
     assert drawn == [chosen_part(draw, shares, 3) for draw in reversed(range(9000))][::-1]
     assert drawn != [chosen_part(draw, shares, 4) for draw in range(9000)]
+
+
+def test_entries_are_the_same_for_any_number_of_processes_that_encode(tmp_path, files):
+    (tmp_path / "one.csv").write_text("frage,antwort\n1 + 1?,2\n")
+    own = {"prompt": "frage", "response": "antwort"}
+    data = [
+        {"path": files["a"], "rows": 1100},
+        {"path": str(tmp_path / "one.csv"), "columns": own, "rows": 1200},
+        {"path": files["b"], "share": 0.5},
+    ]
+    one, two = (opened(data, processes=processes) for processes in (1, 2))
+    assert list(one) == list(two) and one.fingerprint == two.fingerprint
+    assert one.report.as_dict() == two.report.as_dict()
+    assert {name: entry["kept"] for name, entry in two.report.entries.items()} == {"a": 1100, "one": 1200, "b": 40}
+    taken = (steps(DataStream(dataset, batch_size=8, epochs=None, seed=1), 20) for dataset in (one, two))
+    assert len({str(found) for found in taken}) == 1
