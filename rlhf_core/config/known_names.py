@@ -6,6 +6,7 @@ Importing this imports no torch.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -692,6 +693,17 @@ def said_elsewhere(name: str) -> str | None:
         names = " or ".join(f"`{one}`" for one in known.ours.split())
         return f"leave it out: {names}, as it is called here, is an option of other methods"
     return None
+
+
+def written_for(names: Iterable[str]) -> str | None:
+    """Return the trainer that a file with these keys (dotted ones don't count) was written for; None where they don't tell."""
+    counts: Counter[str] = Counter()
+    for name in (one for one in names if "." not in one):
+        tools = {tool for known in _known(name) for tool in known.names().get(name, "").split(", ") if tool}
+        counts.update(tools)
+    most = counts.most_common(2)
+    clear = most and most[0][1] >= 3 and (len(most) == 1 or most[0][1] > most[1][1])
+    return most[0][0] if clear else None
 
 
 def _known(name: str) -> tuple[KnownName, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_core.infra.errors import ConfigError, Mistakes, shortened
+from rlhf_core.infra.errors import ConfigError, Mistakes, either, nearest_names, shortened
 from rlhf_core.infra.redact import remember_secret
 
 _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
@@ -133,7 +133,7 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError("no such file", place=str(path)) from None
+        raise ConfigError("no such file", place=str(path), fix=_near_file(path)) from None
     except IsADirectoryError:
         raise ConfigError("is a directory, not a file", place=str(path), fix=_file_in(path)) from None
     except UnicodeDecodeError as error:
@@ -158,6 +158,16 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     places = {"": str(path)}
     _note_lines(node, "", str(path), places)
     return values, places
+
+
+def _near_file(path: Path) -> str | None:
+    """Return a hint for a file that doesn't exist: the configuration of a similar name, or that there is no such directory."""
+    if not path.parent.is_dir():
+        return f"there is no directory {path.parent} either"
+    near = nearest_names(
+        path.name, (one.name for one in path.parent.iterdir() if one.suffix in (".yaml", ".yml", ".json"))
+    )
+    return f"did you mean {either((str(path.parent / one) for one in near), mark='')}?" if near else None
 
 
 def _file_in(directory: Path) -> str:

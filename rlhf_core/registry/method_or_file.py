@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.file_paths import find_beside
+from rlhf_core.config.known_names import written_for
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.registry.discovery import Plugin
@@ -63,6 +64,13 @@ def find_method(values: Mapping[str, Any], places: Mapping[str, str], kind: str)
         known = ", ".join(View(kind))
         problem = "`method` is missing" if name is None else "`method` is not a name"
         place = places.get("method", places[""])
+        if name is None and (tool := written_for(places)) is not None:
+            raise ConfigError(
+                f"looks like a file of {tool}, and has no `method`",
+                place=place,
+                fix=f"`rlhf init METHOD` writes one of ours (METHOD is one of {known}); docs/other-trainers.md says what {tool}'s"
+                " options are called here, and so do messages once there is a `method`",
+            )
         raise ConfigError(
             problem, place=place, got=None if name is None else repr(name), fix=f"set it to one of: {known}"
         )

@@ -108,3 +108,24 @@ def test_equally_near_names_are_all_offered() -> None:
 def test_swapped_letters_are_one_slip(typed: str) -> None:
     assert nearest_names(typed, ["orpo", "ppo", "dpo", "grpo", "cpo"]) == ["grpo"]
     assert did_you_mean("gpo", ["orpo", "grpo", "dpo"]).startswith("did you mean `grpo` or `dpo`?")
+
+
+def test_a_file_of_another_trainer_is_recognised(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text("base_model: m\ndatasets: []\nsequence_len: 5\nmicro_batch_size: 2\nlearning_rate: 1e-4\n")
+    with pytest.raises(ConfigError, match="looks like a file of axolotl, and has no `method`; fix: `rlhf init METHOD`"):
+        load_job(file)
+    file.write_text("model_name_or_path: m\nstage: sft\nfinetuning_type: lora\ndataset: d\ncutoff_len: 5\n")
+    with pytest.raises(ConfigError, match="looks like a file of LLaMA-Factory"):
+        load_job(file)
+    file.write_text("model: m\ndata: d\nbatch_size: 3\n")
+    with pytest.raises(ConfigError, match="`method` is missing; fix: set it to one of"):
+        load_job(file)
+
+
+def test_a_mistyped_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("method: sft\n")
+    with pytest.raises(ConfigError, match=f"no such file; fix: did you mean {tmp_path}/train.yaml"):
+        load_job(tmp_path / "trian.yml")
+    with pytest.raises(ConfigError, match="no such file; fix: there is no directory"):
+        load_job(tmp_path / "none/train.yaml")
