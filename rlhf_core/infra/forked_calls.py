@@ -60,6 +60,7 @@ def forked_calls(
         processes: how many there are, at least one; they end with this process.
     """
     waiting: deque[tuple[Argument, Future[Result] | None]] = deque()
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("fork"),
@@ -82,10 +83,16 @@ def forked_calls(
                 continue
             argument, future = waiting.popleft()
             yield argument, _result_of(future)
-        if not isinstance(error, StopIteration):
-            raise error
+    except BaseException:
+        # Calls that are handed out would be waited for: whoever stops a run may not wait as long.
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+    if not isinstance(error, StopIteration):
+        raise error
 
 
 def _submitted(pool: ProcessPoolExecutor, argument: Any) -> Future[Any] | None:
