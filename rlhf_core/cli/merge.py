@@ -127,13 +127,15 @@ def _adapter_at(target: str) -> str | None:
     Raises:
         ModelError: the directory holds none.
     """
+    from rlhf_core import registry
     from rlhf_core.infra.model_files import is_adapter, split_adapter
     from rlhf_core.publishing.saved_model import find_saved_model
 
     pair = split_adapter(target)
     if pair is not None:
         return target if Path(pair[1]).expanduser().is_dir() else None
-    if not Path(target).expanduser().is_dir():
+    # A method's package often stands in a directory of the method's name.
+    if not Path(target).expanduser().is_dir() or target in registry.mergers:
         return None
     found = find_saved_model(target).directory
     if found is None:

@@ -250,3 +250,11 @@ def test_merge_folds_one_adapter(rlhf, adapter_run: Path, base: Path, tmp_path: 
     assert code == 4 and "rlhf export" in err
     code, _, err = rlhf("merge", adapter_run)
     assert code == 2 and "give `--output DIR`" in err
+
+
+def test_a_directory_named_as_a_method_is_no_adapter(
+    rlhf, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linear").mkdir()
+    assert rlhf("merge", "linear", "--model", base, "--output", "out")[0] == 0
