@@ -7,6 +7,7 @@ the other) value does. Importing this module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,7 +18,7 @@ from rlhf_core.config.base import BaseConfig, refused
 from rlhf_core.config.elastic_options import EWCConfig
 from rlhf_core.config.metric_direction import better_when
 from rlhf_core.config.sampling_options import SamplingConfig
-from rlhf_core.infra.errors import ConfigError, nearest
+from rlhf_core.infra.errors import ConfigError
 
 LORA_RATE_FACTOR = 10
 """Best learning rate of LoRA adapters as a multiple of that of every weight (Schulman et al. 2025, "LoRA Without Regret")."""
@@ -234,8 +235,9 @@ class _WatchedMetric(BaseConfig):
         if not isinstance(metric, str) or not metric:
             return values
         if (mode := better_when(metric)) is None:
-            near = nearest(metric, ("eval_loss", "eval_accuracy", "eval_reward", "eval_rewards/margin"))
-            meant = f"did you mean `{near}`? Else " if near else ""
+            usual = ("eval_loss", "eval_accuracy", "eval_reward", "eval_rewards/margin")
+            near = get_close_matches(metric, usual, n=1, cutoff=0.85)  # a slip, not another name such as `eval_length`
+            meant = f"did you mean `{near[0]}`? Else " if near else ""
             raise ValueError(
                 f"whether a larger `{metric}` is better isn't known: {meant}set `mode: max` or `mode: min` beside it"
             )
