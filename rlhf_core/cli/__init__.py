@@ -75,6 +75,7 @@ def exit_code(program: Callable[[], int | None], *, debug: bool = False) -> int:
         if debug:
             raise
         print("error[interrupted] stopped by Ctrl-C", file=sys.stderr)
+        _tell_torchrun("error[interrupted] stopped by Ctrl-C")
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read stdout (`| head`) has ended; what is left in the buffer must not raise again at exit.
@@ -84,9 +85,34 @@ def exit_code(program: Callable[[], int | None], *, debug: bool = False) -> int:
         if debug:
             raise
         line, code = _line_and_code(error)
-        if not getattr(error, "silent", False):
+        silent = getattr(error, "silent", False)
+        if not silent:
             print(line, file=sys.stderr)
+        _tell_torchrun(line, consequence=silent)
         return code
+
+
+def _tell_torchrun(line: str, *, consequence: bool = False) -> None:
+    """Write an error's line where torchrun, if it started this process, looks for it.
+
+    torchrun ends with a traceback of its own and a report of some twenty lines, which would push the line off the screen. With
+    this the report ends with it.
+
+    Args:
+        consequence: whether another process has failed first, which the report names as the cause.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    import json
+    import time
+    from contextlib import suppress
+    from pathlib import Path
+
+    # The report shows the "call stack" of each process; the cause is the earliest of those, in whole seconds.
+    about = {"py_callstack": line, "timestamp": str(int(time.time()) + consequence)}
+    with suppress(OSError):
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": about}}), encoding="utf-8")
 
 
 def _line_and_code(error: Exception) -> tuple[str, int]:
@@ -107,7 +133,8 @@ def _line_and_code(error: Exception) -> tuple[str, int]:
 
 
 def _without_typer(tokens: Sequence[str]) -> bool:
-    """Run `list` or `show` in its usual forms without typer, whose import takes longer than either; return whether it was one."""
+    """Run `list`, `show` or a method's help in its usual forms without typer, whose import takes longer; return whether it was
+    one of them."""
     verb, words = tokens[0], [token for token in tokens[1:] if not token.startswith("-")]
     switches = {token for token in tokens[1:] if token.startswith("-")}
     if "_RLHF_COMPLETE" in os.environ:
@@ -122,7 +149,17 @@ def _without_typer(tokens: Sequence[str]) -> bool:
 
         print_plugin(*words, as_json="--json" in switches, every="--all" in switches)
         return True
+    if verb == "train" and words and tokens[1] == words[0] and switches & {"--help", "-h"} and not _is_file(words[0]):
+        from rlhf_core.cli.method_help import print_method_help
+
+        print_method_help(words[0])
+        return True
     return False
+
+
+def _is_file(target: str) -> bool:
+    """Tell whether what is to be trained is named by a configuration file, or a run's directory."""
+    return target.endswith((".yaml", ".yml")) or os.sep in target
 
 
 def _end_results() -> None:
@@ -142,7 +179,9 @@ def _with_typer(tokens: Sequence[str]) -> int:
 
         installed()  # before pydantic or torch is imported, which another package's malformed metadata would break
     from rlhf_core.cli.app import run
+    from rlhf_core.infra.library_logs import keep_libraries_quiet
 
+    keep_libraries_quiet()
     return run(tokens)
 
 

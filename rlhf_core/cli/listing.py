@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import registry
-from rlhf_core.cli.printing import print_json, print_table, print_text, print_warning
+from rlhf_core.cli.printing import (
+    encodable,
+    print_hanging,
+    print_heading,
+    print_json,
+    print_table,
+    print_warning,
+    print_wrapped,
+    styled,
+    text_width,
+)
+from rlhf_core.infra.errors import printable
 from rlhf_core.registry.class_header import Option, SourceError, read_class_header, read_options
 from rlhf_core.registry.distributions import WITHOUT_CLASS
 
@@ -65,14 +78,15 @@ def print_plugin(name: str, *, every: bool = False, as_json: bool = False) -> No
     if as_json:
         facts: dict[str, Any] = {**plugin.as_dict(), "doc": doc, "source": source}
         return print_json({**facts, "options": [vars(option) for option in options]})
-    print_text(f"{plugin.name}: {doc.strip()}" if doc else plugin.name)
+    print_wrapped(f"{plugin.name}: {doc.strip()}" if doc else plugin.name)
     print()
     _print_facts(plugin, source)
     if options:
         print()
-        print_table(("option", "type", "default", "description"), [tuple(vars(option).values()) for option in options])
+        print_options(options)
     if plugin.kind == "trainer" and not every:
-        print_text(f"\nFor the options that all trainers share: rlhf show {name} --all")
+        print()
+        print_wrapped(f"For the options that all trainers share: rlhf show {name} --all")
     return None
 
 
@@ -119,7 +133,42 @@ def _print_facts(plugin: Plugin, source: str) -> None:
     width = max(map(len, facts))
     for label, value in facts.items():
         if value:
-            print_text(f"{label:{width}}  {value}")
+            print_hanging(f"{label:{width}}  ", value)
+
+
+def print_options(options: Sequence[Option]) -> None:
+    """Print options: on a terminal each with its description below it, else one line per option."""
+    if not sys.stdout.isatty():
+        return print_table(("option", "type", "default", "description"), [tuple(vars(one).values()) for one in options])
+    for option in options:
+        print_option(option)
+    return None
+
+
+def print_option(option: Option) -> None:
+    """Print an option with its type and default, and below it the values of a choice and its description."""
+    default = {"required": "required", "": ""}.get(option.default, f"by default {option.default}")
+    choice = option.type.startswith("`")
+    about = ", ".join(text for text in ("" if choice else option.type, default) if text)
+    below = [f"one of {option.type}"] if choice else []
+    _print_name(option.name, about)
+    for text in [*below, option.description]:
+        if text:
+            print_hanging("    ", text)
+
+
+def _print_name(name: str, about: str) -> None:
+    """Print a name, whole, and behind it what is said of it, on lines of its own where that doesn't fit."""
+    if about and len(name) + 2 + len(about) > text_width():
+        print_heading(name)
+        print_hanging("    ", about)
+    else:
+        print(f"{styled(encodable(printable(name)), 'bold')}  {encodable(printable(about))}".rstrip())
+
+
+def own_options(plugin: Plugin) -> list[Option]:
+    """Return a plugin's own options from its source; none where that can't be read."""
+    return _of_source(plugin)[2]
 
 
 def _of_source(plugin: Plugin) -> tuple[str, str, list[Option]]:

@@ -80,6 +80,13 @@ def print_wrapped(text: str, *, width: int | None = None) -> None:
             print(part)
 
 
+def print_hanging(before: str, text: str) -> None:
+    """Print text behind what stands before it; the lines that it is broken into begin below the text's first word."""
+    width = text_width() if sys.stdout.isatty() else 80
+    for number, line in enumerate(folded(encodable(printable(text)), max(width - len(before), 20))):
+        print(f"{' ' * len(before) if number else before}{line}")
+
+
 def print_rule(title: str) -> None:
     """Print a line across the terminal with a title in it."""
     text = encodable(f"── {printable(title)} ")

@@ -69,8 +69,8 @@ def train(
     """Train a model: `rlhf train dpo --model M --data D --output O --beta 0.2`, or `rlhf train CONFIG.yaml`.
 
     A configuration file is flat: method, model, data, eval_data, output and preset, then the method's options by name. Each is
-    also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD
-    --all` lists them. Relative paths in a file are looked for in the working directory, then beside the
+    also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf train METHOD
+    --help` lists them. Relative paths in a file are looked for in the working directory, then beside the
     file; `${NAME}` and `${NAME:-default}` in its values are environment variables.
 
     --resume with more --max_steps or --epochs makes a run longer, a finished one too; `rlhf train RUN_DIR --resume --max_steps

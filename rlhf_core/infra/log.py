@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from rlhf_core.infra.errors import printable
+from rlhf_core.infra.library_logs import log_libraries_at_debug
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +55,8 @@ class PrintableFormatter(logging.Formatter):
 def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, rank: int = 0) -> logging.Logger:
     """Send the logs of the core and of other top-level packages to stderr; return the core's logger.
 
+    What the libraries underneath log and warn of is shown at the level DEBUG only.
+
     Calling it again replaces the handlers that it added before; all other loggers stay as they are.
 
     Args:
@@ -62,6 +65,7 @@ def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, r
         rank: this process's number in a distributed run; all but rank 0 show warnings and errors only.
     """
     handler = stderr_handler(rank=rank)
+    log_libraries_at_debug()
     for name in (LOGGER, *packages):
         logger = logging.getLogger(name)
         for old in list(logger.handlers):

@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_core.infra.errors import describe_error
+from rlhf_core.registry.annotation_words import Lookup, default_in_words, type_in_words
 from rlhf_core.registry.module_source import NoSourceError as NoSourceError
 from rlhf_core.registry.module_source import SourceError as SourceError
 from rlhf_core.registry.module_source import read_module_source
 
 T = TypeVar("T")
 
-_parsing = threading.Lock()
+_parsing = threading.RLock()
 """Held while a source is parsed: warnings are switched off meanwhile, which affects all threads."""
+_IMPORTS = 3
+"""Modules that a name of a type is followed through."""
 _EXTRAS = re.compile(r"\s*\[[^\[\]]*\]\s*$")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One field of a configuration, as `rlhf show` lists it: type and default as Python source."""
+    """One field of a configuration, as `rlhf show` lists it: its type in words, its default as YAML writes it."""
 
     name: str
     type: str
@@ -95,7 +98,7 @@ def read_function_summary(target: str) -> str:
 def read_options(target: str) -> list[Option]:
     """Return the fields that a class's `Config` adds to its base, where the configuration class stands in the same file."""
     module, name = split_target(target)
-    return _parsed(module, lambda tree, _: _options(tree, name))
+    return _parsed(module, lambda tree, _: _options(tree, name, lambda wanted: _meaning(tree, wanted)))
 
 
 def _parsed(module: str, look: Callable[[ast.Module, Path], T]) -> T:
@@ -155,7 +158,29 @@ def _why_no_class(tree: ast.Module, module: str, name: str, path: Path) -> str:
     return f"class `{name}` isn't defined in `{module}` ({path}); an entry point names the defining module"
 
 
-def _options(tree: ast.Module, name: str) -> list[Option]:
+def _meaning(tree: ast.Module, name: str, depth: int = 0) -> ast.expr | None:
+    """Return what a name is assigned in a module, or in the one that it is imported from; None for a class, or not found."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt):
+            for target, value in _assigned(node):
+                if target == name:
+                    return value
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level and depth < _IMPORTS:
+            named = {alias.asname or alias.name: alias.name for alias in node.names}
+            if name in named:
+                return _meaning_in(node.module, named[name], depth + 1)
+    return None
+
+
+def _meaning_in(module: str, name: str, depth: int) -> ast.expr | None:
+    """Return what `_meaning` finds in a module; None where its source can't be read."""
+    try:
+        return _parsed(module, lambda tree, _: _meaning(tree, name, depth))
+    except SourceError:
+        return None
+
+
+def _options(tree: ast.Module, name: str, lookup: Lookup) -> list[Option]:
     """Return the annotated fields of the class that `name.Config` is, or names."""
     owner = _definition(tree.body, name)
     if owner is None:
@@ -170,7 +195,7 @@ def _options(tree: ast.Module, name: str) -> list[Option]:
     options = []
     for node, after in zip(config.body, [*config.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
-            options.append(_option(node, after))
+            options.append(_option(node, after, lookup))
     return options
 
 
@@ -221,7 +246,7 @@ def _stage(value: ast.expr) -> Any:
     return value.attr.lower() if owner == "TrainingStage" else None
 
 
-def _option(node: ast.AnnAssign, after: ast.stmt | None) -> Option:
+def _option(node: ast.AnnAssign, after: ast.stmt | None, lookup: Lookup) -> Option:
     """Return a field of a configuration, whose description is `Field`'s, or the string in the statement after it."""
     default = "required"
     description = _text(after.value) if isinstance(after, ast.Expr) else ""
@@ -230,11 +255,11 @@ def _option(node: ast.AnnAssign, after: ast.stmt | None) -> Option:
         named = {keyword.arg: keyword.value for keyword in value.keywords}
         stated = value.args[0] if value.args else named.get("default", named.get("default_factory"))
         if stated is not None and not (isinstance(stated, ast.Constant) and stated.value is Ellipsis):
-            default = ast.unparse(stated)
+            default = default_in_words(stated)
         description = _text(named.get("description")) or description
     elif value is not None:
-        default = ast.unparse(value)
-    return Option(ast.unparse(node.target), ast.unparse(node.annotation), default, description)
+        default = default_in_words(value)
+    return Option(ast.unparse(node.target), type_in_words(node.annotation, lookup), default, description)
 
 
 def _text(node: ast.expr | None) -> str:

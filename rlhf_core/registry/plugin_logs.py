@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rlhf_core.infra.library_logs import log_libraries_at_debug
 from rlhf_core.infra.log import LOGGER, SHIPPED, ShownOnce, log_to_stderr, stderr_handler
 from rlhf_core.registry.discovery import LOCAL
 from rlhf_core.registry.resolve import find
@@ -41,6 +42,7 @@ def shown_logs(level: int = logging.INFO, *, rank: int = 0) -> Iterator[None]:
     handler = ShownOnce(stderr_handler(rank=rank), core.getEffectiveLevel())
     loggers = [logging.getLogger(name) for name in (LOGGER, *plugin_packages())]
     before = [(logger.level, logger.propagate) for logger in loggers]
+    undo = log_libraries_at_debug()
     try:
         for logger in loggers:
             logger.addHandler(handler)
@@ -52,6 +54,7 @@ def shown_logs(level: int = logging.INFO, *, rank: int = 0) -> Iterator[None]:
             logger.removeHandler(handler)
             logger.setLevel(was)
             logger.propagate = propagates
+        undo()
 
 
 def plugin_packages() -> list[str]:

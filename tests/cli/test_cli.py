@@ -74,6 +74,7 @@ def test_check_loads_each_and_shows_what_that_reveals(rlhf, install) -> None:
         ["show", "dpo"],
         ["--version"],
         ["train", "--help"],
+        ["train", "grpo", "--help"],
         ["sample", "--help"],
         ["compare-samplers", "--help"],
         ["chat", "--help"],

@@ -315,8 +315,8 @@ class MineConfig(TrainerConfig):
     install("acme", {"acme.py": source}, trainers={"mine": "acme:Mine"})
     options = [(o.name, o.type, o.default, o.description) for o in read_options(one("trainer", "mine").target)]
     assert options == [
-        ("beta", "float", "0.1", "Strength; larger is stronger."),
-        ("size", "int | None", "None", "Rows; larger reads more."),
+        ("beta", "number", "0.1", "Strength; larger is stronger."),
+        ("size", "whole number or null", "null", "Rows; larger reads more."),
     ]
 
 
