@@ -130,7 +130,12 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
             "template",
             differs="the tokenizer's own is taken where this isn't set, which is nearly always right",
         ),
-        KnownName("dataset.special_tokens", axolotl="tokens added_tokens_overrides", llama_factory="add_tokens"),
+        KnownName(
+            "new_tokens",
+            axolotl="tokens added_tokens_overrides",
+            llama_factory="add_tokens add_special_tokens",
+            differs="tokens that the model has already are let into data by `dataset.special_tokens`",
+        ),
         KnownName(
             "dataset.wrap",
             axolotl="default_system_message",

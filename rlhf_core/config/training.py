@@ -509,6 +509,11 @@ class TrainerConfig(BaseConfig):
         description="Where `model` is an adapter: `continue` trains and saves that adapter, its base as it is; `fold` merges it"
         " into the base first and trains every weight, or with `lora` a new adapter, and saves a whole model.",
     )
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Tokens that are added to the tokenizer, such as `<think>`, with embeddings that start as the mean of the"
+        " others; with `lora` their rows alone are trained beside the adapters. More of them shorten what they stand for.",
+    )
     freeze: list[str] = Field(
         default_factory=list,
         description="Parts of the model that stay as they are: names of modules or parameters, or ends of names, with `*` and"
@@ -568,6 +573,17 @@ class TrainerConfig(BaseConfig):
             fix = "set `lr_schedule: cosine` or `linear`, or leave it out"
             error = ConfigError("a constant learning rate doesn't fall to any other", fix=fix)
             raise refused(error, ["min_learning_rate_ratio"], self.min_learning_rate_ratio)
+        return self
+
+    @model_validator(mode="after")
+    def _new_tokens_differ(self) -> TrainerConfig:
+        """Refuse a token that is added twice, or has white space around it, which text beside it may lack."""
+        for number, token in enumerate(self.new_tokens):
+            if token in self.new_tokens[:number]:
+                raise refused(ConfigError("the token is named twice", fix="leave one out"), ["new_tokens"], token)
+            if token != token.strip():
+                error = ConfigError("a token has no white space around it", fix=f"write `{token.strip()}`")
+                raise refused(error, ["new_tokens"], token)
         return self
 
     @model_validator(mode="after")

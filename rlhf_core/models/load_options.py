@@ -26,6 +26,7 @@ class LoadOptions(TypedDict, total=False):
     """Whether the model is only read: no parameter is trained, all are held in the frozen dtype, and dropout is off."""
     trust_remote_code: bool
     lora: LoraConfig | None
+    new_tokens: Sequence[str]
     adapter: AdapterUse
     precision: str
     frozen_precision: Precision

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,6 +32,7 @@ from rlhf_core.infra.model_files import (
     no_such_model,
 )
 from rlhf_core.models.lora import Targets, wanted_targets
+from rlhf_core.models.new_tokens import add_to_tokenizer
 from rlhf_core.models.precision import has_narrow_constants
 from rlhf_core.models.saved_adapters import (
     AdapterUse,
@@ -361,8 +362,13 @@ class ModelOutline(NamedTuple):
     """Its configuration, a transformers `PretrainedConfig`: of an adapter that of its base."""
 
 
-def read_outline(source: str | Path, *, trust_remote_code: bool = False) -> ModelOutline:
+def read_outline(
+    source: str | Path, *, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
+) -> ModelOutline:
     """Return a model's tokenizer and configuration, from the files that `load_model` takes them from; no weights are read.
+
+    Args:
+        new_tokens: tokens that are added to the tokenizer, as a run that trains them does.
 
     Raises:
         ModelError: there is no such model, or either can't be read.
@@ -384,6 +390,8 @@ def read_outline(source: str | Path, *, trust_remote_code: bool = False) -> Mode
         raise _load_error(source, error) from error
     if tokenizer.eos_token_id is not None:
         _set_padding(tokenizer)
+    if new_tokens:
+        add_to_tokenizer(tokenizer, new_tokens)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return ModelOutline(tokenizer, positions if isinstance(positions, int) else None, config)
 

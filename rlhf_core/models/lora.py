@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,23 @@ from rlhf_core.infra.errors import ConfigError, did_you_mean, first_line, neares
 log = logging.getLogger(__name__)
 
 
-def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
+def apply_lora(model: nn.Module, config: LoraConfig, *, rows: Mapping[str, list[int]] | None = None) -> nn.Module:
     """Freeze a model and put fresh adapters on it, which change nothing until they are trained; return the peft model.
 
     peft decides which modules a target selects. Adapters are float32, whatever dtype the base has.
 
+    Args:
+        rows: rows of embeddings that are trained beside the adapters, by the full name of their module, unless that is trained
+            whole.
+
     Raises:
         ConfigError: peft can't use a target, or one of several names nothing in the model.
     """
-    adapted = _peft_model(model, _peft_config(model, config))
+    held = _peft_config(model, config)
+    whole = config.modules_to_save
+    alone = {name: ids for name, ids in (rows or {}).items() if all(_unmatched([one], [name]) for one in whole)}
+    held.trainable_token_indices = alone or None
+    adapted = _peft_model(model, held)
     found = _adapter_places(adapted)
     log.info(
         "LoRA adapters on %s", ", ".join(f"{leaf} ({n})" for leaf, n in sorted(Counter(map(_short, found)).items()))

@@ -238,6 +238,8 @@ def _token_rows(name: str, shape: tuple[int, ...], part: str) -> tuple[int, bool
         return shape[1], False
     if inner.endswith("lora_B.weight"):
         return shape[0], False
+    if inner == f"{part}.token_adapter.base_layer.weight":
+        return shape[0], True
     if "lora_" in inner or "token_adapter" in inner or not inner.endswith("weight"):
         return None
     return shape[0], True

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
@@ -30,6 +30,7 @@ from rlhf_core.models.hidden_states import HiddenStates
 from rlhf_core.models.layout import empty_layout
 from rlhf_core.models.loading import Loaded
 from rlhf_core.models.lora import apply_lora, lora_difference
+from rlhf_core.models.new_tokens import add_embeddings, add_to_tokenizer, has_embeddings, rows_to_train
 from rlhf_core.models.precision import (
     DTYPES,
     Precision,
@@ -114,6 +115,7 @@ class SequenceModel(nn.Module):
             attention=config.attention,
             precision=config.precision,
             lora=config.lora,
+            new_tokens=config.new_tokens,
             save_precision=config.save_precision,
             gradient_checkpointing=config.gradient_checkpointing,
             compile=config.compile,
@@ -127,6 +129,7 @@ class SequenceModel(nn.Module):
         attention: Kernel = "auto",
         precision: str = "float32",
         lora: LoraConfig | None = None,
+        new_tokens: Sequence[str] = (),
         frozen_precision: Precision = "float32",
         save_precision: Precision = "auto",
         gradient_checkpointing: bool = False,
@@ -153,8 +156,9 @@ class SequenceModel(nn.Module):
             compiled=compile,
             source=self.source,
         )
+        added = self._add_tokens(new_tokens) if new_tokens else None
         if lora is not None:
-            self._put_adapter(lora)
+            self._put_adapter(lora, rows_to_train(self.network, added) if added is not None else None)
         frozen_dtype = frozen_dtype_of(precision, frozen_precision)
         narrow_frozen(self.network, frozen_dtype, product_dtype=self.precision)
         if gradient_checkpointing:
@@ -180,8 +184,31 @@ class SequenceModel(nn.Module):
         """
         _ = self.probe_result
 
-    def _put_adapter(self, lora: LoraConfig) -> None:
+    def _add_tokens(self, tokens: Sequence[str]) -> range:
+        """Add tokens to the tokenizer and embeddings of them to the network; return their ids.
+
+        Raises:
+            ConfigError: the tokenizer has one of them, or the model an adapter.
+        """
+        ids = add_to_tokenizer(self.tokenizer, tokens)
+        if has_embeddings(self.network, ids):
+            return ids  # trained in an earlier run already
+        if self.has_adapter:
+            raise ConfigError(
+                "a model that has an adapter can't get new tokens: its base stays as it is",
+                place="new_tokens",
+                got=self.source,
+                fix="set `adapter: fold`, or add them where the adapter is new",
+            )
+        add_embeddings(self.network, ids)
+        self.embeddings_resized = True
+        return ids
+
+    def _put_adapter(self, lora: LoraConfig, rows: Mapping[str, list[int]] | None = None) -> None:
         """Add a new LoRA adapter, or keep the existing one if it matches the options.
+
+        Args:
+            rows: rows of embeddings that are trained beside it, by the full name of their module.
 
         Raises:
             ConfigError: another model put an adapter on the network, or the options differ from the existing adapter's.
@@ -194,7 +221,7 @@ class SequenceModel(nn.Module):
                     got=self.source,
                     fix="pass that model, or load the network a second time",
                 )
-            self.model = apply_lora(self.model, lora)
+            self.model = apply_lora(self.model, lora, rows=rows)
             self.fresh_adapter = True
             return
         held = next(iter(self.model.peft_config.values()))  # type: ignore[operator]

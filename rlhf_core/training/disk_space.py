@@ -92,6 +92,9 @@ def _exported_bytes(module: Any) -> int:
     sizes = {id(p): p.nbytes for p in module.parameters() if p.requires_grad or not adapter}
     for part in module.modules():
         if isinstance(part, SequenceModel):
+            if adapter and part.embeddings_resized:  # an adapter's file holds them, too
+                tables = (part.network.get_input_embeddings(), part.network.get_output_embeddings())
+                sizes |= {id(p): p.nbytes for table in tables if table is not None for p in table.parameters()}
             asked = part.save_precision
             width = part.saved_dtypes.main.itemsize if asked == "auto" else 4 if asked == "float32" else 2
             sizes |= {id(p): p.numel() * min(p.element_size(), width) for p in part.parameters() if id(p) in sizes}

@@ -85,6 +85,7 @@ class Loader:
             raise PluginError("`loader.main` is called twice", place=self._place)
         if isinstance(trainer.model, str | Path):
             options = _run_options(config) | {"lora": config.lora, "adapter": config.adapter}
+            options |= {"new_tokens": config.new_tokens}
             options |= {"trust_remote_code": config.trust_remote_code}
             model = wanted.from_pretrained(trainer.model, device=device, **options, **_new_head(wanted), **own)
         else:
@@ -98,6 +99,7 @@ class Loader:
         if config.freeze:
             # Behind the conversion: what isn't trained is exported too, and keeps every bit.
             freeze_by_name(model, config.freeze)
+            _check_rows_are_trained(model, config)
         return model
 
     def load(
@@ -267,6 +269,18 @@ def in_float32(model: Model) -> Model:
     if narrow:
         log.info("%d trained tensors of 16 bits are kept in float32", len(narrow))
     return model
+
+
+def _check_rows_are_trained(model: nn.Module, config: TrainerConfig) -> None:
+    """Refuse new tokens whose embeddings `freeze` keeps as they are."""
+    for part in model.modules() if config.new_tokens else ():
+        if isinstance(part, SequenceModel) and not part.network.get_input_embeddings().weight.requires_grad:
+            raise ConfigError(
+                "the embeddings of `new_tokens` would stay the mean of the others",
+                place="freeze",
+                got=", ".join(config.freeze),
+                fix="leave the embeddings out of it",
+            )
 
 
 def _check_length(max_length: int | None, positions: int | None, what: str) -> None:

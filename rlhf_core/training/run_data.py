@@ -70,7 +70,7 @@ def open_data_early(trainer: Trainer[Any]) -> EarlyData | None:
         return None
     config = trainer.config
     try:
-        outline = read_outline(trainer.model, trust_remote_code=config.trust_remote_code)
+        outline = read_outline(trainer.model, trust_remote_code=config.trust_remote_code, new_tokens=config.new_tokens)
     except ModelError:
         if Path(trainer.model).expanduser().exists():
             return None

@@ -153,7 +153,7 @@ def _outline(model: Any, options: TrainerConfig, found: RunForecast) -> tuple[Mo
         return None, options
     outline = None
     with found.mistakes.noted():
-        outline = read_outline(model, trust_remote_code=options.trust_remote_code)
+        outline = read_outline(model, trust_remote_code=options.trust_remote_code, new_tokens=options.new_tokens)
         options = with_length(options, outline.max_positions)
     return outline, options
 
