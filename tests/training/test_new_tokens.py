@@ -14,9 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core.config.training import TrainerConfig
+from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+from rlhf_core.training.disk_space import disk_need
+from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.setup import RunSetup
 
 NEW = ["<think>", "</think>"]
 ROWS = [{"prompt": f"{one} + 1 = ", "response": f"<think>{one}</think>{one + 1}"} for one in range(8)]
@@ -154,3 +158,11 @@ def test_what_would_not_train_them_is_refused(base: Path) -> None:
     adapted = PolicyModel.from_pretrained(base, lora=TrainerConfig.parse({"lora": {"rank": 2}}).lora)
     with pytest.raises(ConfigError, match="a model that has an adapter can't get new tokens"):
         trainer(adapted).train()
+
+
+def test_the_disk_estimate_has_the_embeddings_in_an_adapters_file(base: Path) -> None:
+    made, devices = trainer(str(base), lora={"rank": 4, "target_modules": ["q_proj"]}), DeviceManager()
+    setup = RunSetup(made, Distribution(devices.device), devices)
+    setup.build_models()
+    tables = 1 if made.policy.network.config.tie_word_embeddings else 2
+    assert disk_need(setup, 1).model_bytes > 265 * 64 * 4 * tables
