@@ -380,8 +380,8 @@ class DatasetConfig(BaseConfig):
     )
     chat_template: str | None = Field(
         None,
-        description="Jinja template for chat messages, or the path of one, in place of the tokenizer's own; it is saved with the"
-        " model.",
+        description="Chat template in place of the tokenizer's own: a name (`chatml`, `llama3`, `gemma`, `phi3`, `mistral`,"
+        " `zephyr`, `vicuna`, `alpaca`), the path of a Jinja file, or Jinja text; it is saved with the model.",
     )
     wrap: Literal["none", "chat"] | None = Field(
         None,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contracts.records import Message
 from rlhf_core.data.control_tokens import ControlTokens
 from rlhf_core.data.messages import NoContent
-from rlhf_core.infra.errors import ConfigError, DataError, ModelError
+from rlhf_core.data.named_templates import ANYWHERE, LAYOUTS, named_template
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,8 +65,11 @@ class ChatTemplate:
     """A chat template: the tokenizer's, or the one that `dataset.chat_template` gives instead.
 
     Args:
-        option: the template's text or its file's path; None for the tokenizer's own.
+        option: the template's text, its file's path, or a name (`named_templates`); None for the tokenizer's own.
         allowed: control tokens that data may use.
+
+    Raises:
+        ConfigError: there is no such template, or the tokenizer lacks a token that the template of that name is made of.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.control = ControlTokens(tokenizer, allowed)
         own: Any = tokenizer.chat_template
+        if option in LAYOUTS:
+            _check_tokens(option, self.control, tokenizer)
         self.option = read_template(option) if option is not None else None
         named = own if isinstance(own, dict) else {"default": own}
         self.source: str | None = self.option if option is not None else named.get("default")
@@ -375,16 +381,36 @@ def common_prefix(one: str, other: str) -> int:
 
 
 def read_template(option: str) -> str:
-    """Return the template of `dataset.chat_template`: the option's text itself, or that of the file that it names."""
+    """Return the template of `dataset.chat_template`: the option's own text, or that of the name or the file."""
     if "{{" in option or "{%" in option:
         return option
+    if option in LAYOUTS:
+        return named_template(option)
     path = Path(option).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            "neither a Jinja template nor a readable file", place=OPTION, got=f"{option!r} ({error})"
+            "neither a Jinja template, nor a template's name, nor a file that can be read",
+            place=OPTION,
+            got=f"{shortened(option)} ({why})",
+            fix=did_you_mean(option, LAYOUTS),
         ) from None
+
+
+def _check_tokens(name: str, control: ControlTokens, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template by name whose control tokens the tokenizer doesn't have: they would be mere text."""
+    missing = [token for token in LAYOUTS[name].tokens if token not in control.tokens]
+    if not LAYOUTS[name].tokens and tokenizer.eos_token is None:
+        raise ConfigError("the tokenizer has no end token, with which the template ends turns", place=OPTION, got=name)
+    if missing:
+        raise ConfigError(
+            f"the tokenizer lacks {', '.join(f'`{token}`' for token in missing)}, which the template `{name}` is made of",
+            place=OPTION,
+            got=name,
+            fix=f"take one that ends turns with the end token: {', '.join(ANYWHERE)}",
+        )
 
 
 def _parts(content: str | None) -> list[dict[str, str]] | None:

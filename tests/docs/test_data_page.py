@@ -15,21 +15,29 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_helpers import in_words
 
 from rlhf_core.config.run_file import DataFile, RunConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.contracts.records import RECORDS
-from rlhf_core.data.encoder import Encoder
+from rlhf_core.data.encoder import EncodedRow, Encoder
+from rlhf_core.data.named_templates import LAYOUTS
 from rlhf_core.data.open_source import data_entries, entry_names, open_source
 from rlhf_core.data.row_shapes import Format
+from rlhf_core.data.row_source import Row
+from rlhf_core.data.step_labels import RIGHT, WRONG, read_step_labels
 from rlhf_core.testing.tiny import tiny_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
-EXAMPLE = re.compile(r"^```json (\w+)( messages)?\n(.*?)^```\n\n```(?:text|json)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(
+    r"^```json (\w+)( messages)?( \{[^\n]*\})?\n(.*?)^```\n\n```(?:text|json)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 EXAMPLES = EXAMPLE.findall(PAGE.read_text(encoding="utf-8"))
-MIXTURES = re.findall(r"^```yaml (\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+MIXTURES = re.findall(
+    r"^```yaml (data|eval_data)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
 
 
-def becomes(record: str, rows: list[dict], *, as_messages: bool) -> str:
+def becomes(record: str, rows: list[dict], options: dict, *, as_messages: bool) -> str:
     """Return what is said of rows and what they are in words, or their messages as JSON."""
-    encoder = Encoder(tiny_tokenizer(), record, max_length=1024)
+    encoder = Encoder(tiny_tokenizer(), record, **{"max_length": 1024, **options})
     lines, said = [], set()
     for row in open_source(rows).rows():
         example = encoder.checker.check(row)
@@ -40,24 +48,59 @@ def becomes(record: str, rows: list[dict], *, as_messages: bool) -> str:
             parts = {"prompt": example.prompt, "response": example.responses[0], "tools": example.tools}
             lines = [f'"{name}": {json.dumps(part)}' for name, part in parts.items()]
             continue
-        encoded = encoder.encode([row])[0].row
-        assert encoded is not None
-        label = [f" ({'' if good else 'un'}desirable)" for good in encoded.per_response.get("desirable", [])] or [
-            "",
-            "",
-        ]
-        lines += [
-            text.replace("\n", "\\n") + end
-            for text, end in zip(in_words(encoder.tokenizer, encoded), label, strict=False)
-        ]
+        outcome = encoder.encode([row])[0]
+        if outcome.row is None:
+            lines.append(f"dropped: {outcome.refused}")
+            continue
+        texts = in_words(encoder.tokenizer, outcome.row)
+        lines += [text.replace("\n", "\\n") + label_of(outcome.row, number, row) for number, text in enumerate(texts)]
     return "{\n " + ",\n ".join(lines) + "\n}" if as_messages else "\n".join(lines)
 
 
-@pytest.mark.parametrize(("record", "messages", "rows", "expected"), EXAMPLES)
-def test_an_example_becomes_what_the_page_says(record: str, messages: str, rows: str, expected: str) -> None:
-    assert becomes(
-        record, [json.loads(row) for row in rows.splitlines()], as_messages=bool(messages)
-    ) == expected.rstrip("\n")
+def label_of(encoded: EncodedRow, response: int, row: Row) -> str:
+    """Return what a row says of one of its responses, behind it."""
+    if desirable := encoded.per_response.get("desirable"):
+        return f" ({'' if desirable[response] else 'un'}desirable)"
+    text = str(row.values.get(("chosen", "rejected")[response], ""))
+    labels = read_step_labels(
+        encoded.record, response, text.count("\n") + 1, truncated=False, separator="\n", place=lambda: row.place
+    )
+    words = {RIGHT: "right", WRONG: "wrong"}
+    return "" if labels is None else f" (steps: {', '.join(words[label] for label in labels)})"
+
+
+@pytest.mark.parametrize(("record", "messages", "options", "rows", "expected"), EXAMPLES)
+def test_an_example_becomes_what_the_page_says(
+    record: str, messages: str, options: str, rows: str, expected: str
+) -> None:
+    given = [json.loads(row) for row in rows.splitlines()]
+    found = becomes(record, given, yaml.safe_load(options or "{}"), as_messages=bool(messages))
+    assert found == expected.rstrip("\n")
+
+
+def test_the_page_shows_every_template_by_name() -> None:
+    """What the table says of each: the question and its answer, where the system message goes, whether tools have turns."""
+    table = PAGE.read_text(encoding="utf-8").partition("| name | a question")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.*)` \| ([\w ]+) \| (yes|no) \| ([\w ]+) \|$", table, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(LAYOUTS)
+    for name, shown, system, tools, needs in rows:
+        layout = LAYOUTS[name]
+        question, answer = layout.user.format("Q"), layout.assistant.removeprefix(layout.answer).format("A")
+        text = f"{question}{layout.answer}«{answer.rstrip()}»".replace("\0", "</s>").replace("\n", "⏎")
+        begin, _, end = shown.replace("\\|", "|").partition("…")
+        assert text.startswith(begin) and text.endswith(end)
+        assert system == (
+            "in the question" if layout.system is None else "before it" if layout.system == "{}\n\n" else "own turn"
+        )
+        assert (tools == "yes") == (layout.tool is not None)
+        assert needs == ("its control tokens" if layout.tokens else "an end token")
+
+
+@pytest.mark.parametrize(
+    "text", re.findall(r"^```yaml options\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+)
+def test_an_example_of_options_is_valid(text: str) -> None:
+    assert TrainerConfig.parse(yaml.safe_load(text)).batching.layout == "packed"
 
 
 @pytest.mark.parametrize(("key", "text"), MIXTURES)
