@@ -700,6 +700,11 @@ def said_elsewhere(name: str) -> str | None:
     return None
 
 
+def called_here(name: str) -> list[str]:
+    """Return the options and keys that may be meant by another trainer's name; [] for a name that isn't known."""
+    return [ours for known in _known(name) for ours in known.ours.split()]
+
+
 def written_for(names: Iterable[str]) -> str | None:
     """Return the trainer that a file with these keys (dotted ones don't count) was written for; None where they don't tell."""
     counts: Counter[str] = Counter()

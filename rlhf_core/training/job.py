@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_core import registry
 from rlhf_core.config.flags import Flag, convert, convert_options, lex, refuse_unknown, spread
+from rlhf_core.config.known_names import called_here
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.presets import get_preset, with_rate_of_adapters
 from rlhf_core.config.run_file import RunConfig
@@ -142,12 +143,13 @@ def check_job(
     plugin, method = find_method(run_values, places, "trainer")
     with mistakes.noted():
         refuse_unknown(values, method.Config, str(run_values["method"]), places, RunConfig.KEYS)
+    renamed = {ours for key in values if key not in method.Config.model_fields for ours in called_here(key)}
     values = {key: value for key, value in values.items() if key in method.Config.model_fields}
     option_flags = [flag for flag in given if flag.key not in RunConfig.KEYS]
     options = _options(method, values, overrides, option_flags, run_values, places, mistakes)
     run: RunConfig | None = None
     with mistakes.noted():
-        run = _run(run_values, places)
+        run = _run(run_values, places, renamed)
     config, wrong, found = method.Config.parse_sound(options, place=places, instead={})
     mistakes += found
     if isinstance(config, OnlineConfig):
@@ -216,13 +218,20 @@ def _keep_groups(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str
     return {key: {} if value is True and isinstance(below.get(key), Mapping) else value for key, value in layer.items()}
 
 
-def _run(values: dict[str, Any], places: Mapping[str, str]) -> RunConfig:
-    """Return the checked `RunConfig`; without `output` the directory is `runs/METHOD-DATE-TIME`."""
+def _run(values: dict[str, Any], places: Mapping[str, str], renamed: Collection[str]) -> RunConfig | None:
+    """Return the checked `RunConfig`; without `output` the directory is `runs/METHOD-DATE-TIME`.
+
+    Args:
+        renamed: keys that were given by a name of another trainer, whose mistake is noted already; None is returned without one.
+    """
+    missing = [key for key in ("model", "data") if values.get(key) is None]
     Mistakes(
         ConfigError(f"`{key}` is missing", place=places[""], fix=f"give `--{key}`, or `{key}:` in the file")
-        for key in ("model", "data")
-        if values.get(key) is None
+        for key in missing
+        if key not in renamed
     ).raise_first()
+    if missing:
+        return None
     if values.get("output") is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             problem = "several processes need the same run directory, and none is set"
