@@ -89,6 +89,11 @@ def _paths_and_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     first = next((number for number, token in enumerate(tokens) if token.startswith("--")), len(tokens))
     if not first:
         raise ConfigError("no file is named", place="command line", fix="`rlhf data FILE... --option value`")
+    for name in tokens[:first]:
+        if name.endswith((".yaml", ".yml")):
+            raise ConfigError(
+                "is a configuration, not a file of rows", place=name, fix=f"`rlhf validate {name}` reads its rows, too"
+            )
     return [*tokens[:first]], [*tokens[first:]]
 
 

@@ -88,6 +88,12 @@ def test_what_is_asked_wrongly_is_one_line(rlhf, tmp_path: Path, flags: list[str
     assert (code in (2, 4), out) == (True, "") and err.startswith(line) and err.count("\n") == 1, err
 
 
+def test_a_configuration_is_no_file_of_rows(rlhf) -> None:
+    assert rlhf("data", "run.yaml")[2].startswith(
+        "error[config] run.yaml: is a configuration, not a file of rows; fix:"
+    )
+
+
 def test_an_option_that_chooses_the_record_type_counts(rlhf, tmp_path: Path) -> None:
     path = _write(tmp_path / "rows.jsonl", {"prompt": "a"})
     assert rlhf("data", path, "--method", "distill")[0] == 3
