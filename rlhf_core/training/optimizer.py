@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -152,6 +153,20 @@ def create_optimizer(
     return OptimizerPair(first, _adamw(_groups(others, config, factors), options)) if others else first
 
 
+def check_optimizer(options: OptimizerConfig) -> None:
+    """Refuse an optimiser whose package isn't installed.
+
+    Raises:
+        ConfigError: names the extra to install.
+    """
+    if options.name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "`optimizer.name: adamw_8bit` needs the package bitsandbytes",
+            place="optimizer.name",
+            fix='pip install "rlhf-core[adamw-8bit]", or set `optimizer.name: adamw`',
+        )
+
+
 def layer_matrices(models: nn.Module) -> set[int]:
     """Return the ids of the matrices inside the layers of transformers models, those of adapters on them too.
 
@@ -201,16 +216,11 @@ def _adamw(groups: list[dict[str, Any]], options: OptimizerConfig) -> torch.opti
 
 def _adamw_8bit(groups: list[dict[str, Any]], options: OptimizerConfig) -> torch.optim.Optimizer:
     """Return bitsandbytes' AdamW with moments in 8 bits, in blocks of 256; matrices below 4,096 weights have them in 32."""
+    check_optimizer(options)
     # Its import says what it lacks for products, which aren't used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ConfigError(
-            "`optimizer.name: adamw_8bit` needs the package bitsandbytes",
-            place="optimizer.name",
-            fix='pip install "rlhf-core[adamw-8bit]", or set `optimizer.name: adamw`',
-        ) from None
+    from bitsandbytes.optim import AdamW8bit
+
     made: torch.optim.Optimizer = AdamW8bit(groups, betas=(options.beta1, options.beta2), eps=options.epsilon)
     return made
 

@@ -32,7 +32,7 @@ from rlhf_core.training.fixed_prompts import open_fixed_prompts
 from rlhf_core.training.loader import Loader, in_float32
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.optimizer import AnyOptimizer, create_optimizer
+from rlhf_core.training.optimizer import AnyOptimizer, check_optimizer, create_optimizer
 from rlhf_core.training.replay import open_replay
 from rlhf_core.training.roles import (
     check_built_models,
@@ -199,6 +199,7 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
     config, processes = trainer.config, distribution.world_size
     check_declared_roles(trainer)
     devices.check(config.precision)
+    check_optimizer(config.optimizer)
     if config.batch_size % processes:
         below = config.batch_size // processes * processes
         near = f"{below} or {below + processes}" if below else str(processes)

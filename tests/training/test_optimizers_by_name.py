@@ -184,6 +184,8 @@ def test_options_that_cannot_be_meant_are_refused(monkeypatch: pytest.MonkeyPatc
         ConfigError, match=r'needs the package bitsandbytes; fix: pip install "rlhf-core\[adamw-8bit\]"'
     ):
         create_optimizer(policy(), config_of("adamw_8bit"))
+    with pytest.raises(ConfigError, match="needs the package bitsandbytes"):  # before anything is loaded
+        SFTTrainer(SFTTrainer.Config.parse({"optimizer": "adamw_8bit"}), model="nowhere", data="nowhere").train()
 
 
 @pytest.mark.parametrize(("name", "expected"), [("adamw", 16_000), ("muon", 13_200), ("adamw_8bit", 11_821.875)])
