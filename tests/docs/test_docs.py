@@ -293,7 +293,9 @@ def test_samples(tmp_path: Path, environment: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_runs(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/runs.md", tmp_path, environment)
-    assert "loss, eval_loss" in printed and "ab.png" in printed and "beta           0.1" in printed
+    assert (
+        "loss, eval_loss" in printed and "ab.png" in printed and re.search(r"^beta +0\.1 +0\.3$", printed, re.MULTILINE)
+    )
     record = json.loads((tmp_path / "runs/longer/run.json").read_text())
     assert (record["status"], record["step"], len(record["changes"])) == ("done", 9, 3)
     (settings,) = (text for language, text in blocks("docs/runs.md") if language == "yaml")
