@@ -17,6 +17,7 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 import pytest  # noqa: E402
 
 from rlhf_core import registry  # noqa: E402
+from rlhf_core.infra.library_logs import LIBRARIES  # noqa: E402
 from rlhf_core.infra.log import LOGGER, SHIPPED  # noqa: E402
 
 Install = Callable[..., Path]
@@ -35,8 +36,8 @@ def no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def log_as_before() -> Iterator[None]:
-    """Undo what a test (of the command line, say) changed of the loggers of the core and of the methods that ship."""
-    loggers = [logging.getLogger(name) for name in (LOGGER, SHIPPED)]
+    """Undo what a test (of the command line, say) changed of the loggers of the core, of methods that ship, and of libraries."""
+    loggers = [logging.getLogger(name) for name in (LOGGER, SHIPPED, *LIBRARIES)]
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
     yield
     for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):

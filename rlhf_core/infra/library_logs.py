@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import PurePath
@@ -46,7 +45,7 @@ def log_libraries_at_debug() -> Callable[[], None]:
     before = [(logger.propagate, list(logger.handlers)) for logger in loggers]
     for logger in loggers:
         for handler in list(logger.handlers):
-            if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.__stderr__):
+            if type(handler) is logging.StreamHandler:  # not one of its subclasses, such as a file's
                 logger.removeHandler(handler)
         if not any(isinstance(handler, _AtDebug) for handler in logger.handlers):
             logger.addHandler(_AtDebug())
