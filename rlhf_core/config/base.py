@@ -148,7 +148,7 @@ def config_error(
     `place` is where the values came from: one text, or a text for each dotted key. `within` is the dotted key of the group that
     holds the configuration.
     """
-    errors = error.errors(include_url=False)
+    errors = _without_mistyped(error.errors(include_url=False))
     # An option that is missing may have been given under a wrong name.
     wrong = (one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1])
     first = next(wrong, errors[0]) if errors[0]["type"] == "missing" else errors[0]
@@ -159,6 +159,17 @@ def config_error(
     texts.pop((found.problem, found.place), None)
     found.also = tuple(texts.values())
     return found
+
+
+def _without_mistyped(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Return pydantic's errors without those of missing options that are there under a mistyped name, which has its own."""
+    given = [(one["loc"][:-1], str(one["loc"][-1])) for one in errors if one["type"] == "extra_forbidden"]
+    return [
+        one
+        for one in errors
+        if one["type"] != "missing"
+        or not any(at == one["loc"][:-1] and nearest(name, [str(one["loc"][-1])]) for at, name in given)
+    ]
 
 
 def _one_error(cls: type[BaseModel], first: ErrorDetails, place: Mapping[str, str] | str, within: str) -> ConfigError:

@@ -18,6 +18,7 @@ from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.registry.class_header import read_class_header, read_options
 from rlhf_core.testing import tiny_policy
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
+from rlhf_core.training.job import load_job
 
 
 @pytest.mark.parametrize("kind", ["trainer", "reward", "sampler", "merger"])
@@ -66,13 +67,14 @@ def test_a_new_hook_hears_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("online", [False, True])
-def test_the_example_is_a_valid_configuration(tmp_path: Path, monkeypatch, install, capsys, online: bool) -> None:
+def test_the_example_is_a_valid_configuration(tmp_path: Path, monkeypatch, install, online: bool) -> None:
     name, module = ("acme-drawn", "acme_drawn") if online else ("acme-example", "acme_example")
     root = write_package("trainer", name, tmp_path, online=online)
     stem = "AcmeDrawn" if online else "AcmeExample"
     install(name, {}, trainers={name: f"{module}.trainer:{stem}Trainer"})
     monkeypatch.syspath_prepend(str(root / "src"))
-    assert main(["validate", str(root / "example.yaml")]) == 0, capsys.readouterr().err
+    job = load_job(root / "example.yaml")
+    assert job.method.__name__ == f"{stem}Trainer" and job.options.learning_rate > 0
 
 
 def test_an_online_trainer_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Any) -> None:

@@ -130,34 +130,40 @@ CONFIGURATIONS: dict[tuple[str, str], str] = {
     ("grpo", '--rewards {"nmae":"length"}'): "--rewards: unknown option `rewards.0.nmae`; fix: did you mean `name`?",
     (
         "grpo",
-        "--rewards length --group_size 1",
+        "--rewards repetition --group_size 1",
     ): "--group_size: group_mean_std needs groups of at least 2; got a group of 1; fix: ",
-    ("grpo", "--rewards length --variant dr_grop"): "or 'dppo'; got 'dr_grop'; fix: did you mean `dr_grpo`?",
-    ("grpo", "--rewards length --clip ppoo"): "--clip: unknown clip `ppoo`; fix: did you mean `ppo`?",
-    ("grpo", "--rewards length --clip_options 0.3"): "--clip_options: must be a mapping",
+    ("grpo", "--rewards repetition --variant dr_grop"): "or 'dppo'; got 'dr_grop'; fix: did you mean `dr_grpo`?",
+    ("grpo", "--rewards repetition --clip ppoo"): "--clip: unknown clip `ppoo`; fix: did you mean `ppo`?",
+    ("grpo", "--rewards repetition --clip_options 0.3"): "--clip_options: must be a mapping",
     (
         "grpo",
-        "--rewards length --clip_options.lo 0.3",
+        "--rewards repetition --clip_options.lo 0.3",
     ): "--clip_options.lo: clip `ppo` has no option `lo`; got 0.3; fix: did",
-    ("grpo", "--rewards length --clip_options.low many"): "--clip_options.low: option `low` of clip `ppo`: must be a",
     (
         "grpo",
-        "--rewards length --shaping overlng",
+        "--rewards repetition --clip_options.low many",
+    ): "--clip_options.low: option `low` of clip `ppo`: must be a",
+    (
+        "grpo",
+        "--rewards repetition --shaping overlng",
     ): "--shaping: unknown shaping `overlng`; fix: did you mean `overlong`?",
     (
         "grpo",
         "--rewards own.py:length --eval_samples 4",
     ): "eval_samples: evaluations need held-out data; fix: set `eval_data`",
-    ("grpo", "--rewards length --generation.temperature 0"): "--generation.temperature: completions of temperature 0",
+    (
+        "grpo",
+        "--rewards repetition --generation.temperature 0",
+    ): "--generation.temperature: completions of temperature 0",
     (
         "grpo",
         "--rewards own.py:length --generation.max_new_tokens 128",
     ): "generation.max_new_tokens: no prompt leaves room for as",
     ("ppo", "--rewards own.py:length --value gone/value"): "gone/value",
-    ("ppo", "--rewards length --kl_weight 0 --kl_target 0.1"): "kl_target needs a `kl_weight` above 0",
+    ("ppo", "--rewards repetition --kl_weight 0 --kl_target 0.1"): "kl_target needs a `kl_weight` above 0",
     (
         "ppo",
-        "--rewards length --aggregation_options.size 2",
+        "--rewards repetition --aggregation_options.size 2",
     ): "--aggregation_options.size: aggregation `token` has no option",
     ("distill", ""): "`teacher` is missing; fix: set `teacher`",
     ("distill", "--teacher ./gone --on_policy 1"): "./gone: no such model directory",
@@ -168,7 +174,9 @@ CONFIGURATIONS: dict[tuple[str, str], str] = {
 
 @pytest.mark.parametrize(("method", "flags"), CONFIGURATIONS)
 def test_a_configuration_that_cannot_hold_is_one_line(online: Callable, method: str, flags: str) -> None:
-    ended = online(method, flags)
+    ended = online(
+        method, flags, data=[{**row, "response": "a"} for row in PROMPTS] if method == "distill" else PROMPTS
+    )
     assert ended.code in (2, 4), ended.err
     assert CONFIGURATIONS[method, flags] in ended.error, ended.error
     assert ended.error.startswith("error[") and "Traceback" not in ended.err

@@ -59,7 +59,7 @@ def test_other_kinds_are_refused_with_what_can_be_passed(policy: PolicyModel) ->
     for kind, given, said in (
         (PolicyModel, reward, "can't be used as a PolicyModel; got RewardModel; fix: pass a path, or a PolicyModel"),
         (ProcessRewardModel, reward, "got RewardModel; fix: pass a path, or a PolicyModel or a ProcessRewardModel"),
-        (RewardModel, tiny_model(), r"got LlamaForCausalLM; fix: wrap it with its tokenizer: `PolicyModel\(model, tok"),
+        (RewardModel, tiny_model(), r"got LlamaForCausalLM; fix: wrap it with its tokenizer: `PolicyModel.in_memory"),
         (PolicyModel, 3, "got int"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=said) as caught:

@@ -22,6 +22,16 @@ from rlhf_core.training.setup import RunSetup
 TrainerT = TypeVar("TrainerT", bound=Trainer)  # type: ignore[type-arg]
 
 
+ROWS_OF_RECORDS: dict[str, dict[str, Any]] = {
+    "sft": {"prompt": "1+1=", "response": "2"},
+    "preference": {"prompt": "1+1=", "chosen": "2", "rejected": "3"},
+    "unpaired": {"prompt": "1+1=", "response": "2", "label": True},
+    "prompt": {"prompt": "1+1="},
+    "reasoning": {"prompt": "1+1=", "answer": "2", "verifiable": True},
+}
+"""A row of each record type."""
+
+
 def small_policy() -> PolicyModel:
     """Return a random policy, always the same one."""
     return PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
@@ -35,8 +45,10 @@ def move(policy: PolicyModel, seed: int = 1) -> None:
 
 
 def built(cls: type[TrainerT], *, model: Any = None, **options: Any) -> TrainerT:
-    """Return a trainer whose models are built as a run builds them; it has no data and no run."""
-    trainer = cls(cls.Config.parse(options), model=model if model is not None else small_policy(), data=[])
+    """Return a trainer whose models are built as a run builds them, of one row and without a run."""
+    config = cls.Config.parse(options)
+    row = ROWS_OF_RECORDS[cls.record_type(config)]
+    trainer = cls(config, model=model if model is not None else small_policy(), data=[row])
     devices = DeviceManager()
     RunSetup(trainer, Distribution(devices.device), devices).build_models()
     return trainer
