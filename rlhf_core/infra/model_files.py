@@ -170,7 +170,9 @@ def near_path(path: Path) -> str | None:
         if (near := near_path(path.parent)) is not None and near.startswith("did you mean"):
             return near
         return f"the directory {path.parent} doesn't exist either"
-    near = nearest(path.name, (p.name for p in path.parent.iterdir()))
+    names = sorted(p.name for p in path.parent.iterdir())
+    # `models/SmolLM2` is most likely what `models/SmolLM2-135M-Instruct` was cut down to, however long the rest is.
+    near = nearest(path.name, names) or next((name for name in names if name.startswith(f"{path.name}-")), None)
     return f"did you mean {path.parent / near}?" if near else None
 
 

@@ -173,7 +173,7 @@ def _survey(
         record = checked.method.record
     for key in ("data", "eval_data"):
         data = checked.given.get(key)
-        if data is None:
+        if not isinstance(data, str | Path | list | Mapping):  # What is no data at all is a mistake of the options.
             continue
         with found.mistakes.noted():
             check_paths(data)
