@@ -57,7 +57,7 @@ class DataFile(BaseConfig):
     format: RowFormat | None = Field(None, description="Shape of its rows; null takes `dataset.format`.")
     name: str | None = Field(
         None,
-        pattern=r"[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
         description="Its name in `data.json`, and of several held-out files in the names of their metrics (`eval_NAME_loss`);"
         " null takes the file's.",
     )

@@ -85,7 +85,9 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
             mode="json",
             exclude={"shuffle", "shuffle_block", "streaming", "split", "eval_split", "processes"},
         )
-        made_from = {"data": files, "encoder": encoder, "options": options}
+        # Rows of each group count on their own, so their numbers follow from the groups; which shares these have changes no row.
+        groups = [list(parts) for _, parts in self.source.groups]
+        made_from = {"data": files, "groups": groups, "encoder": encoder, "options": options}
         return CacheEntry(self.record, made_from, unchanged=lambda: not self._changed())
 
     def _changed(self) -> bool:

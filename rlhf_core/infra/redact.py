@@ -24,12 +24,16 @@ _PARAMETER = re.compile(
 """A secret among the parameters of an address."""
 
 
+_VARIABLE = re.compile(r"(token|secret|passw(or)?d|passphrase|(^|_)pass|_key|credentials?)$", re.IGNORECASE)
+"""How names of environment variables end that hold secrets."""
+_SPECIAL_TOKEN = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
+"""A text that stands for a token of a model, such as `<|end|>`: `STOP_TOKEN` is the name of one, and no secret."""
 _REMEMBERED: set[str] = set()
 
 
 def remember_secret(name: str, value: str) -> None:
     """Note the value of an environment variable whose name is that of a secret, so that it is redacted wherever it stands."""
-    if len(value) >= 4 and _KEY.search(name):
+    if len(value) >= 4 and _VARIABLE.search(name) and not _SPECIAL_TOKEN.fullmatch(value):
         _REMEMBERED.add(value)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -16,6 +17,8 @@ from rlhf_core.models.sequence_model import SequenceModel
 log = logging.getLogger(__name__)
 
 _FREEZE = "freeze"
+_FROZEN: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+"""What was frozen by name in a model; one in memory may be trained again, with other options."""
 
 
 def freeze_by_name(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -37,6 +40,14 @@ def freeze_by_name(model: nn.Module, patterns: Sequence[str]) -> None:
         problem = "every parameter is frozen, so there is nothing to train"
         raise ConfigError(problem, place=_FREEZE, got=", ".join(patterns), fix="name fewer")
     log.info("frozen by name: %s parameters; %s are trained", f"{frozen:,}", f"{trained:,}")
+
+
+def undo_freezing(model: nn.Module) -> None:
+    """Let what an earlier run froze by name in a model be trained again."""
+    for part in model.modules():
+        if isinstance(part, SequenceModel):
+            for parameter in _FROZEN.pop(part.network, []):
+                parameter.requires_grad_(True)
 
 
 def freeze_networks(networks: Sequence[Any], patterns: Sequence[str]) -> int:
@@ -65,8 +76,11 @@ def freeze_networks(networks: Sequence[Any], patterns: Sequence[str]) -> int:
         near = did_you_mean(pattern, {part for name in names for part in name.split(".") if not part.isdigit()})
         fix = near or (f"names are such as `{names[len(names) // 2]}`" if names else None)
         raise ConfigError(f"no parameter of the model is named `{pattern}`", place=_FREEZE, fix=fix)
-    for parameter in frozen.values():
+    found_trained = [parameter for parameter in frozen.values() if parameter.requires_grad]
+    for parameter in found_trained:
         parameter.requires_grad_(False)
+    for network in networks:
+        _FROZEN[network] = found_trained
     return sum(parameter.numel() for parameter in frozen.values())
 
 

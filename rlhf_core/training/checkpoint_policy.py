@@ -70,6 +70,8 @@ def checkpoint_policy(
         str(options.get("model")),
         lora=LoraConfig.parse(lora, place=place) if isinstance(lora, dict) else None,
         adapter=options.get("adapter", "continue"),
+        new_tokens=options.get("new_tokens") or [],
+        save_precision=options.get("save_precision", "auto"),
         trust_remote_code=trust or bool(options.get("trust_remote_code")),
     )
     _copy(tensors, policy, place)
@@ -79,7 +81,7 @@ def checkpoint_policy(
     policy.is_as_loaded, policy.source = False, place
     policy.requires_grad_(False).eval()
     policy.to(device.device)
-    return policy.set_options(precision=precision, frozen_precision="auto")
+    return policy.set_options(precision=precision, save_precision=policy.save_precision, frozen_precision="auto")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import registry
+from rlhf_core.config.base import place_of
 from rlhf_core.config.flags import Flag, convert, convert_options, lex, refuse_unknown, spread
 from rlhf_core.config.known_names import called_here
 from rlhf_core.config.online import OnlineConfig
@@ -23,8 +24,8 @@ from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.trainer import Trainer
-from rlhf_core.infra.errors import ConfigError, Mistakes
-from rlhf_core.infra.redact import redact, redact_text
+from rlhf_core.infra.errors import ConfigError, Mistakes, RLHFError
+from rlhf_core.infra.redact import REDACTED, redact, redact_text
 from rlhf_core.registry.method_or_file import GivenValues, find_method, read_method_or_file
 from rlhf_core.rewards import check_rewards
 from rlhf_core.training.run_samplers import check_samplers
@@ -147,6 +148,7 @@ def check_job(
     values = {key: value for key, value in values.items() if key in method.Config.model_fields}
     option_flags = [flag for flag in given if flag.key not in RunConfig.KEYS]
     options = _options(method, values, overrides, option_flags, run_values, places, mistakes)
+    mistakes += _left_out({**run_values, **options}, places)
     run: RunConfig | None = None
     with mistakes.noted():
         run = _run(run_values, places, renamed)
@@ -162,6 +164,17 @@ def check_job(
     if not mistakes and run is not None and config is not None:
         job = TrainingJob(run, config, method, plugin, places, text)
     return CheckedJob(mistakes, job, method, run_values, config)
+
+
+def _left_out(values: Any, places: Mapping[str, str], key: str = "") -> list[RLHFError]:
+    """Return an error for each value that holds the mark of a secret which a run's record doesn't have."""
+    if isinstance(values, Mapping | list):
+        items = values.items() if isinstance(values, Mapping) else enumerate(values)
+        return [error for name, one in items for error in _left_out(one, places, f"{key}.{name}" if key else str(name))]
+    if not isinstance(values, str) or REDACTED not in values:
+        return []
+    fix = f"give `--{key}`, or name the file that the run was started with in place of its record"
+    return [ConfigError(f"`{key}` is a secret, which records leave out", place=place_of(key, places), fix=fix)]
 
 
 def _options(

@@ -24,7 +24,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.models import PolicyModel
-from rlhf_core.models.frozen_layers import freeze_by_name
+from rlhf_core.models.frozen_layers import freeze_by_name, undo_freezing
 from rlhf_core.models.headed_model import HeadedModel
 from rlhf_core.models.precision import DTYPES, frozen_dtype_of
 from rlhf_core.models.reference import Reference
@@ -93,6 +93,7 @@ class Loader:
             if isinstance(given, tuple):
                 given = PolicyModel.in_memory(*given)
             model = wanted.adopt(given, **own).to(device)
+            undo_freezing(model)
             model.configure(config)
         trainer.config = with_length(config, model.max_positions, say=True)
         self._main = in_float32(model)

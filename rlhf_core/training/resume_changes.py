@@ -39,6 +39,7 @@ NEVER: Mapping[str, str] = {
     "max_length": _READ,
     "lora": _SHAPE,
     "adapter": _SHAPE,
+    "new_tokens": _SHAPE,
     "freeze": "the checkpoint holds the optimiser's state of what was trained",
     "optimizer.name": "the checkpoint holds the state of another optimiser",
 }

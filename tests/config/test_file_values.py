@@ -163,3 +163,34 @@ def test_a_variable_that_nothing_expanded(name: str) -> None:
         check_paths(name)
     with pytest.raises(ModelError, match="stands for itself here"):
         locate(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("PGPASSWORD", "hunter2secret", True),
+        ("WANDB_KEY", "abcdef123456", True),
+        ("DB_PASS", "open-sesame", True),
+        ("STOP_TOKEN", "<|end|>", False),
+        ("TOOL_TOKEN", "[TOOL]", False),
+        ("COMPASS", "north-west", False),
+        ("MONKEY", "a-capuchin", False),
+    ],
+)
+def test_secrets_are_told_by_the_names_of_their_variables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, secret: bool
+) -> None:
+    monkeypatch.setattr("rlhf_core.infra.redact._REMEMBERED", set())
+    monkeypatch.setenv(name, value)
+    values = loaded(tmp_path, f"a: 'x ${{{name}}} y'\n")
+    assert redact(values) == {"a": "x [redacted] y" if secret else f"x {value} y"}
+
+
+def test_a_record_without_its_secrets_is_no_configuration(tmp_path: Path) -> None:
+    """What stands in their place would be taken for the values; flags may give them again."""
+    (tmp_path / "run.yaml").write_text("method: sft\nmodel: m\ndata: d\nnew_tokens: ['a', '[redacted]']\n")
+    with pytest.raises(
+        ConfigError, match=r"run.yaml:4: `new_tokens.1` is a secret, which records leave out; fix: give"
+    ):
+        load_job(tmp_path / "run.yaml")
+    assert load_job(tmp_path / "run.yaml", flags=["--new_tokens", "[<x>]"]).options.new_tokens == ["<x>"]

@@ -367,3 +367,25 @@ def test_entries_are_the_same_for_any_number_of_processes_that_encode(tmp_path, 
     assert {name: entry["kept"] for name, entry in two.report.entries.items()} == {"a": 1100, "one": 1200, "b": 40}
     taken = (steps(DataStream(dataset, batch_size=8, epochs=None, seed=1), 20) for dataset in (one, two))
     assert len({str(found) for found in taken}) == 1
+
+
+def test_rows_that_are_kept_are_those_of_the_same_groups(tmp_path):
+    """Two files by shares number their rows otherwise than one after the other: neither may take the other's from the cache."""
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        rows = [{"prompt": f"{path.stem} {i}?", "response": path.stem * 60} for i in range(3000)]
+        path.write_bytes(lines(rows))
+    by_share = [{"path": str(path), "share": 0.5} for path in paths]
+    in_a_row = [str(path) for path in paths]
+
+    def numbers(data) -> list[int]:
+        return [row.index for row in opened(data).rows([0, 1, 2, 3000, 3001])]
+
+    assert numbers(by_share) == [0, 2, 4, 1, 3] and numbers(in_a_row) == [0, 1, 2, 3000, 3001]
+    assert numbers(by_share) == [0, 2, 4, 1, 3]
+
+
+@pytest.mark.parametrize("name", ["../evil", "a b/c", "-a", ""])
+def test_names_of_entries_are_plain(name):
+    with pytest.raises(ConfigError, match="name"):
+        DataFile.parse({"path": "p", "name": name}, place="data")

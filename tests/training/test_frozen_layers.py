@@ -123,3 +123,12 @@ def test_an_adapters_base_is_frozen_already() -> None:
     adapted = policy().configure(TrainerConfig.parse({"lora": {"rank": 2}}))
     with pytest.raises(ConfigError, match="the base under an adapter is frozen already"):
         sft(model=adapted, freeze=["norm"]).train()
+
+
+def test_a_model_in_memory_is_frozen_for_one_run_alone() -> None:
+    model = policy()
+    sft(model=model, freeze=["layers.0"]).train()
+    between = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    sft(model=model).train()
+    first = [name for name in between if "layers.0" in name and between[name].dim() == 2]
+    assert first and not any(torch.equal(model.network.state_dict()[name], between[name]) for name in first)

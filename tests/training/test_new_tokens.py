@@ -17,6 +17,7 @@ from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, RewardModel
+from rlhf_core.publishing.export_model import export_model
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.training.disk_space import disk_need
 from rlhf_core.training.distribution import Distribution
@@ -84,6 +85,9 @@ def test_a_run_trains_saves_and_continues_them(base: Path, lora: dict[str, Any] 
         # The old rows are those of the base.
         old = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
         assert torch.equal(made.policy.network.get_input_embeddings()(torch.arange(263)), old)
+    # Its last checkpoint is the same model, exported as the run would have.
+    export_model(tmp_path / "run/checkpoints/step-3", tmp_path / "exported")
+    assert torch.allclose(logits(PolicyModel.from_pretrained(tmp_path / "exported").network), expected, atol=1e-5)
     # A second run on the result: the tokens are there.
     further = trainer(str(saved), tmp_path / "second", new_tokens=[], max_steps=1)
     further.train()
