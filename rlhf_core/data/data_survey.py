@@ -270,23 +270,27 @@ def recognised_record(source: DataSource, options: DatasetConfig) -> str:
     """Return the record type that the columns of the first rows fit.
 
     Raises:
-        DataError: they fit none, or no row can be read.
+        DataError: they fit none, or no row can be read: then with the mistakes of the rows, the first ones in its `also`.
     """
     found: Counter[str] = Counter()
     first: Row | None = None
+    unread = NotedMistakes()
     for one, entry in ((one, part.entry) for part in source.parts for one in part.sources):
         named = {**options.columns, **dict(entry.columns if entry is not None else ())}
-        one.refused = lambda _: None  # mistakes are noted when all rows are read
+        before = len(unread)
+        one.refused = unread.add  # where a row can be read, the survey notes them when it reads all rows
         try:
             for row in itertools.islice(DataSource([SourcePart([one])]).rows(), _FIRST):
                 first = first or row
                 if fits := fitting_record(row, RECORDS, named):
                     found[fits] += 1
-        except DataError:
-            if first is None and one is source.sources[-1]:
-                raise
+        except DataError as error:
+            if error.problem != "holds no rows" or len(unread) == before:
+                unread.add(error)
         finally:
             one.refused = None
+    if first is None and unread:
+        raise _together(unread, source.name)
     if found:
         return found.most_common(1)[0][0]
     columns = ", ".join(map(str, first.values)) if first is not None else "no columns"
@@ -296,6 +300,14 @@ def recognised_record(source: DataSource, options: DatasetConfig) -> str:
         got=f"columns {columns}",
         fix="give `--method`, for what its rows need, or name the columns: `--dataset.columns.prompt COLUMN`",
     )
+
+
+def _together(mistakes: NotedMistakes, name: str) -> RLHFError:
+    """Return the first of some mistakes, with the next ones in its `also`, and how many more there are."""
+    first, *others = mistakes.kept[:_FIRST]
+    more = len(mistakes) - 1 - len(others)
+    first.also = (*others, *([DataError(f"{more:,} more rows can't be read", place=name)] if more else []))
+    return first
 
 
 class _Surveyor:

@@ -99,6 +99,22 @@ def test_columns_that_fit_no_record_type_are_refused(tmp_path: Path) -> None:
     assert survey_data(path, options=DatasetConfig(columns={"prompt": "left", "response": "right"})).record == "sft"
 
 
+def test_where_no_row_can_be_read_their_mistakes_are_told(tmp_path: Path) -> None:
+    path, other = tmp_path / "latin.jsonl", tmp_path / "empty.jsonl"
+    path.write_bytes('{"prompt": "caf\xe9", "response": "b"}\n'.encode("latin-1"))
+    other.write_text("")
+    with pytest.raises(DataError) as caught:
+        survey_data(str(path))
+    assert str(caught.value).startswith(f"{path}:1: not UTF-8; got byte 0xe9 at offset 15") and not caught.value.also
+    with pytest.raises(DataError) as caught:
+        survey_data([str(path), str(other)])
+    assert caught.value.place == f"{path}:1" and [error.place for error in caught.value.also] == [str(other)]
+    path.write_text('{"prompt": "a", "response": NaN}\n' * 25)
+    with pytest.raises(DataError, match="a number isn't finite") as caught:
+        survey_data(str(path))
+    assert len(caught.value.also) == 20 and str(caught.value.also[-1]) == f"{path}: 5 more rows can't be read"
+
+
 def test_lengths_are_those_before_truncation(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": "p" * 9, "response": "r" * number} for number in range(1, 101)]
     survey = survey_data(_rows(tmp_path / "rows.jsonl", rows), "sft", tokenizer=tiny_tokenizer(), max_length=31)
