@@ -154,7 +154,8 @@ def _finish(
         shown = ", ".join(f"{100 * float(q):g}% {value:.6g}" for q, value in found["quantiles"].items())
         print_text(f"quantiles: {shown}")
     if "pairs" in found:
-        print_text(f"chosen scores higher than rejected: {found['accuracy']:.1%} of {found['pairs']:,} pairs")
+        ties = f", the {found['ties']:,} of equal scores as half right" if found["ties"] else ""
+        print_text(f"chosen scores higher than rejected: {found['accuracy']:.1%} of {found['pairs']:,} pairs{ties}")
     print_text(f"seconds: {found['seconds']:.1f}")
     if file is not None:
         print_text(f"rows: {file.path}")

@@ -126,6 +126,12 @@ _PLAIN = {
 """Error types of pydantic → our words."""
 
 
+_PRECISIONS = {
+    "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "fp32": "float32", "f32": "float32", "32": "float32", "16": "fp16",
+}  # fmt: skip
+"""Names of number formats elsewhere → ours."""
+
+
 def refused(error: ConfigError, at: Sequence[str], value: Any) -> ValidationError:
     """Return what a validator of several options raises, so that the error names one of them.
 
@@ -193,7 +199,9 @@ def _one_error(cls: type[BaseModel], first: ErrorDetails, place: Mapping[str, st
         message = "must not be empty"
     fix: str | None = None
     if first["type"] == "literal_error" and isinstance(first["input"], str):
-        choice = nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        meant = _PRECISIONS.get(first["input"].casefold().removeprefix("torch."))
+        choice = meant if meant in choices else nearest(first["input"], choices)
         fix = f"did you mean `{choice}`?" if choice else None
     if first["type"] == "refused":
         details = first["ctx"]

@@ -152,9 +152,7 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
             "overwrite_cache dataloader_num_workers tokenized_path preprocessing_batch_size",
             differs="nothing needs to be set: rows are read and kept by the loop, and columns that nothing uses do no harm",
         ),
-        KnownName(
-            "", llama_factory="max_samples", differs="there is none here: give a file of fewer rows, or a `weight`"
-        ),
+        KnownName("", llama_factory="max_samples", differs="write the entry of `data` as `{path: FILE, rows: N}`"),
     ),
     "Steps and batches": (
         KnownName("epochs", "num_train_epochs", "num_epochs", "num_train_epochs", elsewhere="num_epoch n_epochs epoch"),

@@ -53,6 +53,22 @@ CALLBACKS: Mapping[str, Event] = {
 """Each callback's event."""
 
 
+ELSEWHERE = {
+    "args": "write `config`, such as `DPOTrainer.Config(learning_rate=1e-6)`",
+    "train_dataset": "write `data`",
+    "eval_dataset": "write `eval_data`",
+    "processing_class": "write `tokenizer`",
+    "reward_funcs": "write `rewards`",
+    "reward_model": "write `rewards`, such as `[{'name': 'reward_model', 'options': {'model': 'PATH'}}]`",
+    "ref_model": "leave it out: the reference is the model as it was passed",
+    "peft_config": "write `config` with `lora`, such as `DPOTrainer.Config(lora={'rank': 16})`",
+    "callbacks": "pass functions by the event's name: `on_step=…`, `on_evaluate=…`",
+    "compute_metrics": "pass `on_evaluate=…`, or `rlhf evaluate` for metrics of completions",
+    "model_init_kwargs": "write options of loading in `config`: `precision`, `attention`",
+}
+"""Arguments of other libraries' trainers → what to write here."""
+
+
 def check_callbacks(callbacks: Mapping[str, Any], owner: str, known: tuple[str, ...]) -> None:
     """Refuse what can't be called at an event, when a trainer is made.
 
@@ -66,7 +82,7 @@ def check_callbacks(callbacks: Mapping[str, Any], owner: str, known: tuple[str, 
     """
     for name, function in callbacks.items():
         if name not in CALLBACKS:
-            near = did_you_mean(name, (*known, *CALLBACKS))
+            near = ELSEWHERE.get(name) or did_you_mean(name, (*known, *CALLBACKS))
             raise ConfigError(f"unknown argument `{name}`", place=owner, fix=near)
         if function is None:
             continue

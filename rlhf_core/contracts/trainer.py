@@ -124,8 +124,8 @@ class Trainer(ABC, Generic[ConfigT]):
         self,
         config: ConfigT | None = None,
         *,
-        model: str | Path | PolicyModel | Any,
-        data: Any,
+        model: str | Path | PolicyModel | Any = None,
+        data: Any = None,
         eval_data: Any = None,
         output: str | Path | None = None,
         rewards: Sequence[Any] | None = None,
@@ -149,9 +149,13 @@ class Trainer(ABC, Generic[ConfigT]):
         A leading `~` in a path is the home directory.
 
         Raises:
-            ConfigError: a transformers model without a tokenizer, or a callback that can't be called.
+            ConfigError: no model or no data, a transformers model without a tokenizer, or a callback that can't be called.
         """
+        # Names of other trainers' arguments first: who writes `train_dataset` has given data.
         check_callbacks(callbacks, type(self).__name__, _ARGUMENTS)
+        for name, given in (("model", model), ("data", data)):
+            if given is None:
+                raise ConfigError(f"`{name}` is missing", place=type(self).__name__, fix=f"pass `{name}=…`")
         self.callbacks = callbacks
         self.config = config if config is not None else self.Config()  # type: ignore[assignment]
         self.model, self.data, self.eval_data = _with_tokenizer(model, tokenizer), data, eval_data

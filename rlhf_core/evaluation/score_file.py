@@ -34,6 +34,7 @@ class ScoreSummary:
     pairs: int = 0
     right: float = 0.0
     """Pairs whose chosen side has the higher score; a tie counts half."""
+    ties: int = 0
     seconds: float = 0.0
 
     def add(self, row: CompletionRow, scores: Sequence[float]) -> None:
@@ -42,6 +43,7 @@ class ScoreSummary:
         if row.shape == "pair":
             self.pairs += 1
             self.right += 1.0 if scores[0] > scores[1] else 0.5 if scores[0] == scores[1] else 0.0
+            self.ties += scores[0] == scores[1]
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values: counts, mean, standard deviation, quantiles (interpolated), and seconds."""
@@ -54,7 +56,7 @@ class ScoreSummary:
             found |= {"min": ordered[0], "max": ordered[-1]}
             found["quantiles"] = {f"{q:g}": _quantile(ordered, q) for q in QUANTILES}
         if self.pairs:
-            found |= {"pairs": self.pairs, "accuracy": self.right / self.pairs}
+            found |= {"pairs": self.pairs, "ties": self.ties, "accuracy": self.right / self.pairs}
         return found | {"seconds": round(self.seconds, 3)}
 
 

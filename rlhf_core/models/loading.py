@@ -236,7 +236,7 @@ def _put_adapters(
             )
         if trained:
             loaded.model, loaded.adapter_dtypes = adapted, SavedDtypes.on_disk(Path(adapter), ADAPTER_WEIGHTS)
-            log.info("adapter %s (%s on %s): it is trained further, and its base stays as it is", adapter, about, base)
+            log.info("adapter %s (%s on %s); its base stays as it is", adapter, about, base)
             return
         loaded.model, loaded.base_path, loaded.embeddings_resized = fold_adapter(adapted, place=adapter), None, False
         for parameter in loaded.model.parameters():

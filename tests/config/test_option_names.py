@@ -9,6 +9,8 @@ from pydantic import Field
 
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import option_at, single_options
+from rlhf_core.config.training import TrainerConfig
+from rlhf_core.infra.errors import ConfigError
 
 
 class Inner(BaseConfig):
@@ -49,3 +51,9 @@ def test_an_option_is_found_by_its_flag(name: str, found: tuple[str, tuple[type,
 def test_a_group_that_may_be_off_is_one_option() -> None:
     names = list(single_options(Options, without=(Other,)))
     assert names == ["plain", "always.top_k", "maybe", "by_name", "listed"]
+
+
+@pytest.mark.parametrize(("given", "ours"), [("bfloat16", "bf16"), ("torch.float16", "fp16"), ("FP32", "float32")])
+def test_formats_of_numbers_have_their_names_here(given: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean `{ours}`"):
+        TrainerConfig.parse({"precision": given}, place="file")

@@ -127,3 +127,11 @@ def test_a_model_that_can_not_be_trained_is_refused() -> None:
     quantised.is_quantized = True
     with pytest.raises(ModelError, match="is quantised"):
         sft(quantised).train()
+
+
+def test_arguments_of_other_trainers_are_answered_before_what_is_missing() -> None:
+    with pytest.raises(ConfigError, match="`train_dataset`; fix: write `data`"):
+        SFTTrainer(model="m", train_dataset=[], processing_class=None)  # type: ignore[call-arg]
+    for given, name in (({"model": "m"}, "data"), ({"data": []}, "model")):
+        with pytest.raises(ConfigError, match=f"`{name}` is missing; fix: pass `{name}=…`"):
+            SFTTrainer(**given)  # type: ignore[arg-type]
