@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _STYLES = {"ok": "", "conflict": "yellow", "disabled": "dim", "broken": "red", "wrong-api": "red"}
 
 
+_ROOM = 40
+"""Least width of a column of summaries; a narrower one is unreadable."""
+
+
 def print_list(
     kind: str | None = None, *, as_json: bool = False, check: bool = False, seconds: float | None = None
 ) -> None:
@@ -55,7 +59,28 @@ def print_list(
         for p in plugins
     ]
     header = ("kind", "name", "distribution", "record", "status", "summary")
+    taken = sum(max(map(len, column)) + 2 for column in list(zip(header, *rows, strict=True))[:-1])
+    if text_width() - taken < _ROOM:
+        return _print_below(plugins)
     return print_table(header, rows, styles=[_STYLES[plugin.status] for plugin in plugins])
+
+
+def _print_below(plugins: Sequence[Plugin]) -> None:
+    """Print each plugin's summary below its name, for terminals in which a column beside it would be too narrow to be read."""
+    kind = None
+    for plugin in plugins:
+        if plugin.kind != kind:
+            kind = plugin.kind
+            print_heading(f"{kind}s")
+        facts = [plugin.record, f"{plugin.distribution} {plugin.version}".strip()]
+        said = "" if plugin.status == "ok" else f"  {plugin.status}"
+        line = f"  {_clipped(plugin.name)}{said}  ({', '.join(fact for fact in facts if fact)})"
+        print(
+            styled(encodable(printable(line)), _STYLES[plugin.status])
+            if _STYLES[plugin.status]
+            else encodable(printable(line))
+        )
+        print_hanging("      ", plugin.reason or plugin.summary)
 
 
 def _clipped(text: str, length: int = 60) -> str:

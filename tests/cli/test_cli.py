@@ -326,10 +326,11 @@ def on_a_terminal(*command: str, columns: int = 70, **environment: str) -> str:
 
 
 def test_the_table_is_wrapped_to_a_terminal() -> None:
-    for columns in (70, 200):
+    for columns, heading in ((70, "trainers"), (200, "kind")):
         written = on_a_terminal("-m", "rlhf_core", "list", columns=columns)
         text = re.sub(r"\x1b\[[0-9;]*m", "", written)
-        assert "\x1b[1mkind" in written and "preference" in text
+        assert f"\x1b[1m{heading}" in written and "preference" in text
+        assert re.search(r"\bcontext_compressor\b", text)  # no name is broken
         assert max(len(line) for line in text.splitlines()) <= columns
     assert "\x1b" not in on_a_terminal("-m", "rlhf_core", "list", NO_COLOR="1")
 
