@@ -57,6 +57,12 @@ KNOWN: dict[str, tuple[KnownName, ...]] = {
             llama_factory="stage do_train",
             differs="`sft`, `dpo`, `kto`, `reward_model`, `grpo`, …: `rlhf list trainers`",
         ),
+        KnownName(
+            "",
+            "config",
+            "config_file",
+            differs="name the file in place of the method: `rlhf train FILE.yaml --option value`",
+        ),
         KnownName("model", "model_name_or_path", "base_model", "model_name_or_path", elsewhere="model_name model_path"),
         KnownName(
             "model",

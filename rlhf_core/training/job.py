@@ -144,7 +144,8 @@ def check_job(
     plugin, method = find_method(run_values, places, "trainer")
     with mistakes.noted():
         refuse_unknown(values, method.Config, str(run_values["method"]), places, RunConfig.KEYS)
-    renamed = {ours for key in values if key not in method.Config.model_fields for ours in called_here(key)}
+    named = [*values, *(flag.key for flag in given)]
+    renamed = {ours for key in named if key not in method.Config.model_fields for ours in called_here(key)}
     values = {key: value for key, value in values.items() if key in method.Config.model_fields}
     option_flags = [flag for flag in given if flag.key not in RunConfig.KEYS]
     options = _options(method, values, overrides, option_flags, run_values, places, mistakes)

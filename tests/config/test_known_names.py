@@ -78,6 +78,15 @@ def test_every_mistaken_name_of_a_file_is_answered(tmp_path: Path) -> None:
     assert "write `model`" in found[0]
 
 
+def test_keys_that_are_given_by_other_names_as_flags_are_not_missing_as_well() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job("sft", flags=["--model_name_or_path", "m", "--dataset_name", "d"])
+    found = [str(one) for one in (caught.value, *caught.value.also)]
+    assert len(found) == 2 and "write `model`" in found[0] and "write `data`" in found[1]
+    with pytest.raises(ConfigError, match="`config` of sft; fix: .*`rlhf train FILE.yaml"):
+        load_job("sft", flags=["--config", "run.yaml"])
+
+
 def test_from_python() -> None:
     with pytest.raises(ConfigError, match=r"^DPOConfig: unknown option `lr`; fix: write `learning_rate`$"):
         DPOConfig(lr=1e-4)  # type: ignore[call-arg]
