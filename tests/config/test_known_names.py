@@ -83,7 +83,7 @@ def test_keys_that_are_given_by_other_names_as_flags_are_not_missing_as_well() -
         load_job("sft", flags=["--model_name_or_path", "m", "--dataset_name", "d"])
     found = [str(one) for one in (caught.value, *caught.value.also)]
     assert len(found) == 2 and "write `model`" in found[0] and "write `data`" in found[1]
-    with pytest.raises(ConfigError, match="`config` of sft; fix: .*`rlhf train FILE.yaml"):
+    with pytest.raises(ConfigError, match=r"`config` of sft; fix: .*`rlhf train FILE.yaml"):
         load_job("sft", flags=["--config", "run.yaml"])
 
 
