@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from rlhf_core.config.online import OnlineConfig
@@ -102,12 +102,21 @@ class BestEvaluation:
         self.best_step = 0
         self.best_metrics: dict[str, float] = {}
         """All metrics of the best evaluation."""
+        self.lost: tuple[int, float] | None = None
+        """(step, value) of an evaluation that was better than the best, whose checkpoint was gone when `recall` compared it."""
 
     def describe(self) -> str:
         """Return the best value and its step as text."""
         if self.best is None:
             return f"`{self.metric}` was never finite"
-        return f"`{self.metric}` was best at step {self.best_step}: {self.best:.6g}"
+        left = "" if self.lost is None else f"; {self.describe_lost()}"
+        return f"`{self.metric}` was best at step {self.best_step}: {self.best:.6g}{left}"
+
+    def describe_lost(self) -> str:
+        """Return what is known of a better evaluation whose checkpoint is gone, as text; "" where there is none."""
+        if self.lost is None:
+            return ""
+        return f"it was {self.lost[1]:.6g} at step {self.lost[0]}, whose checkpoint is gone"
 
     def check(self, metrics: Mapping[str, float]) -> None:
         """Refuse an evaluation without the watched metric.
@@ -134,12 +143,33 @@ class BestEvaluation:
         if not self._improves(value):
             return False
         self.best, self.best_step, self.best_metrics = value, step, dict(metrics)
+        if self.lost is not None and self._gain(value, self.lost[1]) >= 0:
+            self.lost = None
         return True
+
+    def recall(self, evaluations: Mapping[int, Mapping[str, float]], kept: Collection[int]) -> None:
+        """Find the best of a run's earlier evaluations, which were made while this metric wasn't watched.
+
+        Args:
+            evaluations: their metrics by step; those without this metric are passed over.
+            kept: steps whose checkpoints are still there, of which one can be the best. A better one without is `lost`.
+        """
+        values = {step: metrics for step, metrics in sorted(evaluations.items()) if self.metric in metrics}
+        for step, metrics in values.items():
+            if step == 0 or step in kept:
+                self.note(metrics, step)
+        for step, metrics in values.items():
+            value = float(metrics[self.metric])
+            than = self.lost[1] if self.lost is not None else self.best
+            if step and step not in kept and math.isfinite(value) and (than is None or self._gain(value, than) > 0):
+                self.lost = (step, value)
 
     @property
     def never_improved(self) -> bool:
         """Whether the model was evaluated before the first step, and never better afterwards."""
         if self.start is None or self.best is None:
+            return False
+        if self.lost is not None and self._gain(self.lost[1], self.start) > 0:
             return False
         return self.best >= self.start if self.mode == "min" else self.best <= self.start
 
@@ -149,13 +179,17 @@ class BestEvaluation:
             return False
         if self.best is None:
             return True
-        gain = self.best - value if self.mode == "min" else value - self.best
-        return gain > self.min_delta
+        return self._gain(value, self.best) > self.min_delta
+
+    def _gain(self, value: float, than: float) -> float:
+        """Return by how much a value is better than another."""
+        return than - value if self.mode == "min" else value - than
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, its step and metrics, and the start, as JSON values."""
-        found = {"metric": self.metric, "mode": self.mode, "start": self.start, "best": self.best}
-        return {**found, "best_step": self.best_step, "best_metrics": metrics_as_text(self.best_metrics)}
+        found: dict[str, Any] = {"metric": self.metric, "mode": self.mode, "start": self.start, "best": self.best}
+        found |= {"best_step": self.best_step, "best_metrics": metrics_as_text(self.best_metrics)}
+        return found if self.lost is None else {**found, "lost_step": self.lost[0], "lost_value": self.lost[1]}
 
     def is_of(self, state: Mapping[str, Any]) -> bool:
         """Return whether a `state_dict` is of this metric and direction, so that its values can be compared."""
@@ -167,6 +201,8 @@ class BestEvaluation:
             return
         self.start, self.best, self.best_step = state["start"], state["best"], int(state["best_step"])
         self.best_metrics = metrics_from_text(state["best_metrics"])
+        lost_step, lost_value = state.get("lost_step"), state.get("lost_value")
+        self.lost = None if lost_step is None or lost_value is None else (lost_step, lost_value)
 
 
 class EarlyStopping(BestEvaluation):
@@ -226,6 +262,11 @@ def best_evaluation_of(config: TrainerConfig) -> BestEvaluation | None:
     """Return what finds the best evaluation by `keep_best`; None without that option."""
     asked = config.keep_best
     return None if asked is None else BestEvaluation(asked.metric, _direction(asked))
+
+
+def exported_evaluation_of(config: TrainerConfig) -> BestEvaluation | None:
+    """Return what finds the evaluation whose checkpoint is kept and exported; None where the last one is exported."""
+    return None if config.exported_by is None else best_evaluation_of(config) or early_stopping_of(config)
 
 
 def _direction(asked: EarlyStoppingConfig | KeepBestConfig) -> Literal["min", "max"]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from rlhf_core.infra.model_card import (
 )
 from rlhf_core.infra.model_files import head_words, is_adapter, is_hub_name
 from rlhf_core.infra.redact import redact
+from rlhf_core.training.earlier_evaluations import whole_rows
 from rlhf_core.training.logger import is_timing
 from rlhf_core.training.metric_text import fixed
 from rlhf_core.training.run_record import method_origin
@@ -225,19 +225,9 @@ def _first_row(run: Run) -> Mapping[str, Any]:
     return next(iter(_rows(run, "metrics.jsonl")), {})
 
 
-def _rows(run: Run, name: str) -> Any:
-    """Yield the whole rows of one of the run's logs."""
-    path = run.directory.path / name if run.directory.path is not None else None
-    if path is None or not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # half a line, which a kill left
-                continue
-            if isinstance(row, dict):
-                yield row
+def _rows(run: Run, name: str) -> Iterator[dict[str, Any]]:
+    """Return the whole rows of one of the run's logs."""
+    return iter(()) if run.directory.path is None else whole_rows(run.directory.path / name)
 
 
 def _option_lines(run: Run) -> list[str]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.infra.errors import DataError, ModelError, PluginError
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.training.checkpoint import Checkpoint, CheckpointManager, DamagedCheckpoint
+from rlhf_core.training.earlier_evaluations import earlier_evaluations
+from rlhf_core.training.early_stopping import exported_evaluation_of
 from rlhf_core.training.optimizer import load_optimizer_state, optimizer_state
 from rlhf_core.training.run_data import fits_plan, run_plan
 from rlhf_core.training.run_state_schema import check_state, metrics_as_text, metrics_from_text
@@ -117,6 +119,7 @@ class RunState:
 
         def check(state: Any) -> None:
             check_state(state, run.setup.dataset)
+            self._recall_best(state)
             self._protect_best(state)
 
         def verify() -> int | None:
@@ -126,7 +129,25 @@ class RunState:
         step = run.distribution.on_main(verify)
         if step is None:
             return None
-        return found[0] if found else manager.open(step)
+        checkpoint = (found[0] if found else None) or manager.open(step)
+        self._recall_best(checkpoint.state)
+        return checkpoint
+
+    def _recall_best(self, state: dict[str, Any]) -> None:
+        """Let the run's earlier evaluations count where the resume has another metric find the best checkpoint, or the first one.
+
+        What they say of it takes the place of what the state says of another metric, before older checkpoints are pruned.
+        """
+        config, output, manager = self._run.setup.config, self._run.trainer.output, self._manager
+        watched = exported_evaluation_of(config)
+        if watched is None or output is None or manager is None:
+            return
+        saved = state.get(watched.option)
+        if saved is None or not watched.is_of(saved):
+            evaluated = state["progress"]["evaluated"]
+            made = {} if evaluated is None else earlier_evaluations(output, evaluated)
+            watched.recall(made, manager.steps())
+            state[watched.option] = watched.state_dict()
 
     def _protect_best(self, state: Mapping[str, Any]) -> None:
         """Keep the checkpoint with the best metric from being pruned, where it is the one that is exported."""
@@ -185,6 +206,10 @@ class RunState:
             watched, saved = getattr(run.evaluations, name), state.get(name)
             if watched is not None and saved is not None:  # else the resume has added the option
                 watched.load_state_dict(saved)
+                if watched.lost is not None:
+                    left = f"of those that are left, step {watched.best_step} was best: {watched.best:.6g}"
+                    left = "the best from here on is kept" if watched.best is None else left
+                    log.warning("`%s`: %s; %s", watched.metric, watched.describe_lost(), left)
         run.kl_budget.load_state_dict(state["kl_budget"])
         ranks, rank = state["ranks"], run.distribution.rank
         reached = _state_of_data(ranks, rank, run.distribution.world_size)

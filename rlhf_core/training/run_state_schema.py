@@ -112,6 +112,8 @@ class SavedBest(_Schema):
     best_step: int = Field(ge=0)
     start: float | None
     best_metrics: dict[str, float | str]
+    lost_step: int | None = Field(None, ge=1)
+    lost_value: float | None = None
 
 
 class SavedEarlyStopping(SavedBest):

@@ -232,6 +232,66 @@ def test_the_kept_best_survives_a_kill_and_retention(tmp_path: Path) -> None:
         assert torch.equal(exported(tmp_path / "run")[name], tensor)
 
 
+def test_another_metric_at_a_resume_counts_the_evaluations_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ratings of steps 1 to 4 are 1, 3, 2, 2.5; after four steps the checkpoints of 2, 3 and 4 are left."""
+    kept(tmp_path / "run", checkpoint={"every": 1}, max_steps=4).train()
+    for line in (line for line in (tmp_path / "run/events.jsonl").read_text().splitlines() if '"evaluated"' in line):
+        assert "eval_rating" in line and "eval_loss" in line
+    before = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert before == ["step-2", "step-3", "step-4"]
+    options: dict[str, Any] = {"checkpoint": {"every": 1}, "max_steps": 6, "lr_schedule": "constant"}
+    caplog.clear()
+    # The loss falls from step to step, so that by `max` step 1 was the best, and none was better than the start.
+    other = {"metric": "eval_loss", "mode": "max"}
+    result = kept(tmp_path / "run", keep_best=other, **options).train(resume=True, allow_change=["lr_schedule"])
+    assert (result.step, result.best_metric, result.best_step, result.model_step) == (6, "eval_loss", 2, 2)
+    assert "at step 1, whose checkpoint is gone; of those that are left, step 2 was best" in caplog.text
+    assert "no evaluation was better than the one before the first step: `eval_loss`" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-2", "step-5", "step-6"]
+
+
+def test_a_better_checkpoint_that_is_gone_is_named_until_a_later_one_is_as_good(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy(tmp_path, kind=type("Rated", (Rated,), {"ratings": RATINGS}), eval_rows=ROWS[:4], eval_steps=1,
+        checkpoint={"every": 1}, max_steps=3).train()  # fmt: skip
+    falling: dict[str, Any] = {"keep_best": {"metric": "eval_rating", "mode": "min"}, "checkpoint": {"every": 1}}
+    caplog.clear()
+    result = kept(tmp_path, max_steps=4, **falling).train(resume=True)
+    assert (result.best_step, result.best_value, result.model_step) == (3, 2.0, 3)
+    assert "`eval_rating`: it was 1 at step 1, whose checkpoint is gone; of those that are left, step 3" in caplog.text
+    caplog.clear()
+    result = kept(tmp_path, max_steps=4, **falling).train(resume=True)
+    assert result.best_step == 3 and "it was 1 at step 1" in caplog.text
+    result = kept(tmp_path, max_steps=5, **falling).train(resume=True)
+    assert (result.best_step, result.best_value) == (5, 1.0)
+    caplog.clear()
+    assert kept(tmp_path, max_steps=6, **falling).train(resume=True).best_step == 6
+    assert "is gone" not in caplog.text
+
+
+def test_what_is_lost_comes_back_and_decides_whether_the_start_was_improved_on() -> None:
+    best = BestEvaluation()
+    nothing = {"eval_kl": 1.0}
+    made = {
+        0: {"eval_loss": 1.0},
+        1: {"eval_loss": 0.5},
+        2: nothing,
+        3: {"eval_loss": 2.0},
+        4: {"eval_loss": float("nan")},
+    }
+    best.recall(made, kept=[2, 3])
+    assert (best.best, best.best_step, best.lost, best.never_improved) == (2.0, 3, (1, 0.5), False)
+    again = BestEvaluation()
+    again.load_state_dict(json.loads(json.dumps(best.state_dict(), allow_nan=False)))
+    assert again.state_dict() == best.state_dict() and again.lost == (1, 0.5)
+    assert again.describe() == "`eval_loss` was best at step 3: 2; it was 0.5 at step 1, whose checkpoint is gone"
+    again.note({"eval_loss": 0.5}, 5)
+    assert again.lost is None and again.describe_lost() == ""
+
+
 def test_keep_best_decides_beside_early_stopping(tmp_path: Path) -> None:
     stopping = {"metric": "eval_loss", "patience": 50}
     result = kept(tmp_path / "both", early_stopping=stopping).train()
