@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,6 +176,8 @@ def _survey(
         data = checked.given.get(key)
         if not isinstance(data, str | Path | list | Mapping):  # What is no data at all is a mistake of the options.
             continue
+        if any(re.search(rf"`{key}[.`]", error.problem) for error in checked.mistakes):
+            continue  # an entry is wrong, as is said there
         with found.mistakes.noted():
             check_paths(data)
             here, away = _local(data)

@@ -47,6 +47,16 @@ def test_twelve_mistakes_are_twelve_lines(rlhf, tmp_path: Path, model: str) -> N
     assert rlhf("train", str(path))[2].count("error[config]") == 10
 
 
+def test_a_wrong_entry_of_data_is_told_once(rlhf, tmp_path: Path, model: str) -> None:
+    rows, path = _write(tmp_path / "rows.jsonl", GOOD), tmp_path / "run.yaml"
+    path.write_text(
+        f"method: sft\nmodel: {model}\ndata:\n  - {rows}\n  - {{path: {rows}, weight: 2, share: 0.3}}\neval_data: {rows}x\n"
+    )
+    lines = rlhf("validate", str(path))[2].splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"error[config] {path}:5: `data.1`: `weight` and `share` both")
+    assert lines[1].startswith(f"error[data] {rows}x: no such file")
+
+
 def test_mistakes_of_flags_are_all_told(rlhf, tmp_path: Path) -> None:
     flags = ["--bta", "1", "--epochs", "many", "--batch-size", "--modle", "m"]
     code, _, err = rlhf("train", "sft", "--data", str(tmp_path / "gone.jsonl"), *flags, "--dry-run")
