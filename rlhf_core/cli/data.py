@@ -220,14 +220,13 @@ def _print_lengths(survey: DataSurvey) -> None:
     _print_histogram(lengths)
     if lengths.unit == "tokens":
         few, none = known["cutting_1_percent"], known["cutting_none"]
-        print_wrapped(
-            f"max_length {survey.max_length:,} cuts {100 * survey.cut:.1f} % of the rows; {few:,} would cut 1 %, {none:,} none"
-        )
+        others = f"{none:,} would cut none" if few == none else f"{few:,} would cut 1 %, {none:,} none"
+        print_wrapped(f"max_length {survey.max_length:,} cuts {100 * survey.cut:.1f} % of the rows; {others}")
 
 
 def _print_histogram(lengths: Lengths) -> None:
     rows = lengths.histogram()
-    labels = [f"{least:,}–{most:,}" for least, most, _ in rows]
+    labels = [f"{least:,}" if least == most else f"{least:,}–{most:,}" for least, most, _ in rows]
     label, count = max(map(len, labels)), max(len(f"{n:,}") for *_, n in rows)
     room = max(10, min(60, text_width() - label - count - 6))
     largest = max(n for *_, n in rows)

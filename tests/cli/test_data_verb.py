@@ -32,6 +32,7 @@ def test_rows_are_described_without_a_model(rlhf, tmp_path: Path) -> None:
     assert "read as: columns: `question` as prompt, `answer` as response (1 row)" in out
     assert f"duplicates: 1 row repeats an earlier one (:2 = {path}:1)" in out
     assert "characters per prompt with its longest response: median 15, mean 13.3, most 15; 5 words per row" in out
+    assert "\n  15  2  █" in out
     assert "need `--model`" in out and "max_length 1" not in out
 
 
@@ -41,7 +42,7 @@ def test_rows_are_encoded_as_for_a_model(rlhf, tmp_path: Path, model: str) -> No
         "data", path, "--method", "sft", "--model", model, "--max-length", "40", "--dataset.wrap=chat"
     )
     assert (code, err) == (0, "")
-    assert "max_length 40 cuts 64.4 % of the rows; 78 would cut 1 %, 78 none" in out
+    assert "max_length 40 cuts 64.4 % of the rows; 78 would cut none" in out
     assert "<|bos|><|user|>What is 2 + 2?<|end|><|assistant|>\nresponse:\n«4<|end|>»\n" in out
     assert "note: 38 of 59 rows: truncated (:22, :23, " in out
     assert ", truncated\n" in out and "Tokens in the loss are between « and »." in out
