@@ -15,6 +15,8 @@ def test_records_and_warnings_of_libraries_are_logged_at_debug(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     library = logging.getLogger("huggingface_hub")
+    for name in (library.name, f"{library.name}.utils"):
+        caplog.set_level(logging.DEBUG, name)  # once imported, the library has a level of its own
     own = logging.StreamHandler()
     before = library.propagate, list(library.handlers), warnings.showwarning
     library.addHandler(own)
