@@ -72,7 +72,16 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
         asked = self.options.processes
         if asked is None:
             asked = 1 if self.source.size < SERIAL else min(usable_processors(), MOST)
-        return asked if may_fork() else 1
+        if asked > 1 and not may_fork():
+            # Of a number that was asked for, it is said; the automatic one is only a matter of speed.
+            level = logging.INFO if self.options.processes is None else logging.WARNING
+            logger.log(
+                level,
+                "%s: one process encodes the rows: this one has other threads, and isn't forked",
+                self.source.name,
+            )
+            return 1
+        return asked
 
     def _cache_entry(self) -> CacheEntry | None:
         """Return the rows' place in the cache; None where caching is off, or data or tokenizer have no content fingerprint."""

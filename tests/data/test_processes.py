@@ -14,8 +14,8 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_core.config.training import DatasetConfig
-from rlhf_core.data import KTODataset, PreferenceDataset, SFTDataset
+from rlhf_core.config.training import DatasetConfig, TrainerConfig
+from rlhf_core.data import KTODataset, PreferenceDataset, SFTDataset, open_dataset
 from rlhf_core.data.map_dataset import MapDataset
 from rlhf_core.infra.errors import DataError
 from rlhf_core.infra.forked_calls import forked_calls, may_fork
@@ -175,3 +175,23 @@ def test_processes_end_with_the_iteration() -> None:
 
 def _pid_of(_: int) -> int:
     return os.getpid()
+
+
+def test_a_number_of_processes_that_is_not_followed_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another thread may hold a lock at the fork, so one process encodes; the rows are the same."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i}?", "response": "{i}"}}\n' for i in range(8)))
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        config = TrainerConfig(max_length=64, dataset={"wrap": "none", "processes": 2})
+        assert len(open_dataset(str(path), "sft", tiny_tokenizer(), config=config)) == 8
+    finally:
+        done.set()
+        thread.join()
+    assert [one.levelname for one in caplog.records if "one process encodes the rows" in one.getMessage()] == [
+        "WARNING"
+    ]

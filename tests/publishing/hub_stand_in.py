@@ -35,7 +35,7 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What the stand-in holds, and how it is told to fail."""
+    """What the stand-in holds, and which faults a test asks of it."""
 
     address: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
