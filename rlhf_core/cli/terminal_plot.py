@@ -13,7 +13,8 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bits of a braille character's dots, by row and column."""
 _CODES = ("36", "33", "35", "32", "31", "34")
 """Colours of lines, as terminals number them."""
-_LETTERS = "*xo+#@"
+_LETTERS = "*xo+#@ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""Letters of curves where there are no colours, in their order."""
 _PATTERNS = (1, 4, 2, 3)
 """Of lines of styles 0 to 3, how many dots are drawn of every `n + 2`; of style 0 all are."""
 _LEAST_WIDTH, _LEAST_HEIGHT = 20, 5
@@ -36,15 +37,29 @@ def plot_lines(chart: LineChart, *, width: int, height: int, colours: bool) -> l
     columns = max(width - margin - 2, _LEAST_WIDTH)
     across = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
     canvas = _Canvas(columns, max(height, _LEAST_HEIGHT), across, (low, high), colours)
-    for line, points in zip(chart.lines, lines, strict=True):
-        canvas.draw(points, line.colour, line.style, marks=line.marks)
-    made = _legend(chart, width, colours)
+    pens = _colours(chart.lines) if colours else _letters(chart.lines)
+    for line, points, pen in zip(chart.lines, lines, pens, strict=True):
+        canvas.draw(points, pen, line.style, marks=line.marks)
+    made = _legend(chart, pens, width, colours)
     for row, text in enumerate(canvas.rows()):
         label = ticks.get(row, "")
         made.append(f"{label:>{margin}} {('┤' if label else '│') if colours else '|'}{text}".rstrip())
     made.append(" " * margin + (" └" + "─" * columns if colours else " +" + "-" * columns))
     made.append(" " * (margin + 2) + _below(min(xs), max(xs), chart.x_label, columns))
     return made
+
+
+def _colours(lines: Sequence[Line]) -> list[str]:
+    """Return the code of each curve's colour; curves of one colour differ in style."""
+    return [_CODES[line.colour % len(_CODES)] for line in lines]
+
+
+def _letters(lines: Sequence[Line]) -> list[str]:
+    """Return a letter for each curve: those that differ in colour or style differ in letter, as far as there are any."""
+    numbers: dict[tuple[int, int], int] = {}
+    for line in lines:
+        numbers.setdefault((line.colour, line.style), len(numbers))
+    return [_LETTERS[numbers[line.colour, line.style] % len(_LETTERS)] for line in lines]
 
 
 class _Canvas:
@@ -54,18 +69,22 @@ class _Canvas:
         self._width, self._height, self._x, self._y, self._colours = width, height, x, y, colours
         self._across, self._down = (2, 4) if colours else (1, 1)
         self._bits = [[0] * width for _ in range(height)]
-        self._colour = [[0] * width for _ in range(height)]
+        self._pens = [[""] * width for _ in range(height)]
 
-    def draw(self, points: Sequence[tuple[float, float]], colour: int, style: int, *, marks: bool) -> None:
-        """Draw a curve through points, over what is drawn already; `marks` makes each point stand out."""
+    def draw(self, points: Sequence[tuple[float, float]], pen: str, style: int, *, marks: bool) -> None:
+        """Draw a curve through points, over what is drawn already; `marks` makes each point stand out.
+
+        Args:
+            pen: the code of its colour, or its letter.
+        """
         dots = [self._dot(x, y) for x, y in points]
         period = _PATTERNS[style % len(_PATTERNS)]
         for number, (across, down) in enumerate(_path(dots)):
             if style % len(_PATTERNS) == 0 or number % (period + 2) < period:
-                self._set(across, down, colour)
+                self._set(across, down, pen)
         for across, down in dots if marks or len(dots) == 1 else ():
             for beside, below in ((0, 0), (1, 0), (0, 1), (1, 1)) if self._colours else ((0, 0),):
-                self._set(across + beside, down + below, colour)
+                self._set(across + beside, down + below, pen)
 
     def _dot(self, x: float, y: float) -> tuple[int, int]:
         """Return the dot of a point: its column, and its row from the top."""
@@ -74,24 +93,24 @@ class _Canvas:
         down = round((high - y) / (high - low) * (self._height * self._down - 1))
         return across, down
 
-    def _set(self, across: int, down: int, colour: int) -> None:
+    def _set(self, across: int, down: int, pen: str) -> None:
         column, row = across // self._across, down // self._down
         if 0 <= row < self._height and 0 <= column < self._width:
             self._bits[row][column] |= _DOTS[down % 4][across % 2]
-            self._colour[row][column] = colour
+            self._pens[row][column] = pen
 
     def rows(self) -> Iterator[str]:
         """Yield the rows of the grid as text, from the top."""
-        for bits, colours in zip(self._bits, self._colour, strict=True):
+        for bits, pens in zip(self._bits, self._pens, strict=True):
             if not self._colours:
-                yield "".join(_LETTERS[colour % 6] if bit else " " for bit, colour in zip(bits, colours, strict=True))
+                yield "".join(pen or " " for pen in pens)
                 continue
-            text, before = "", -1
-            for bit, colour in zip(bits, colours, strict=True):
-                if bit and colour != before:
-                    text, before = f"{text}\x1b[{_CODES[colour % 6]}m", colour
+            text, before = "", ""
+            for bit, pen in zip(bits, pens, strict=True):
+                if bit and pen != before:
+                    text, before = f"{text}\x1b[{pen}m", pen
                 text += chr(0x2800 + bit) if bit else " "
-            yield f"{text}\x1b[0m" if before >= 0 else text
+            yield f"{text}\x1b[0m" if before else text
 
 
 def _points(line: Line, log: bool) -> list[tuple[float, float]]:
@@ -152,17 +171,16 @@ def _below(low: float, high: float, name: str, columns: int) -> str:
     return f"{left}{name:^{room}}{right}" if room > len(name) + 1 else f"{left} … {right}"
 
 
-def _legend(chart: LineChart, width: int, colours: bool) -> list[str]:
+def _legend(chart: LineChart, pens: Sequence[str], width: int, colours: bool) -> list[str]:
     """Return the title, and under it which curve is which, in as many lines as that takes."""
     made = [printable(chart.title) + (" (logarithmic)" if chart.log else "")]
     line, length = "", 0
-    for one in chart.lines:
+    for one, pen in zip(chart.lines, pens, strict=True):
         if not one.label:
             continue
         label = printable(one.label)[: width - 4]
-        style = one.style % len(_PATTERNS)
-        sign = ("━━", "╍╍", "┅┅", "┉┉")[style] if colours else f"{_LETTERS[one.colour % 6]} "
-        shown = f"\x1b[{_CODES[one.colour % 6]}m{sign}\x1b[0m {label}" if colours else f"{sign}{label}"
+        sign = ("━━", "╍╍", "┅┅", "┉┉")[one.style % len(_PATTERNS)] if colours else f"{pen} "
+        shown = f"\x1b[{pen}m{sign}\x1b[0m {label}" if colours else f"{sign}{label}"
         size = 3 + len(label)
         if length and length + 3 + size > width:
             made.append(line)

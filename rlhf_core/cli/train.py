@@ -153,7 +153,7 @@ def validate(context: typer.Context, target: Target) -> None:
     _refuse_flag(target)
     job, found = _forecast(target, context.args)
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
-    for line in found.lines():
+    for line in [*found.lines(), _output_line(job)]:
         print_text(line)
     return None
 
@@ -229,14 +229,17 @@ def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -
             used = "".join(f", {amount} {value:g}" for amount, value in amounts if value not in (1.0, None))
             kind = job.method.record_type(job.options)
             lines.append(f"{key}: {_place(str(entry.path))} (record type `{kind}`{used})")
-    lines += found.lines()
-    output = Path(str(job.run.output))
-    state = "new"
-    if output.exists() and any(output.iterdir()):
-        state = "continued" if resume else "replaced" if overwrite else "not empty: needs --resume or --overwrite"
-    lines.append(f"output: {output} ({state})")
+    lines += [*found.lines(), _output_line(job, resume=resume, overwrite=overwrite)]
     print("\n".join(f"# {line}" for line in lines))
     print(job.to_yaml(), end="")
+
+
+def _output_line(job: TrainingJob, *, resume: bool = False, overwrite: bool = False) -> str:
+    """Return where a run would write, and what it would do with what is there."""
+    from rlhf_core.training.run_directory import output_state
+
+    output = Path(str(job.run.output))
+    return f"output: {output} ({output_state(output, resume=resume, overwrite=overwrite)})"
 
 
 def _nothing_to_resume() -> ConfigError:

@@ -6,6 +6,7 @@ the other) value does. Importing this module imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from enum import StrEnum
@@ -232,8 +233,8 @@ class _WatchedMetric(BaseConfig):
         if not isinstance(values, Mapping) or values.get("mode", "auto") != "auto":
             return values
         metric = values.get("metric", "eval_loss")
-        if not isinstance(metric, str) or not metric:
-            return values
+        if not isinstance(metric, str) or not metric.startswith("eval_"):
+            return values  # which `_is_of_evaluations` refuses
         if (mode := better_when(metric)) is None:
             usual = ("eval_loss", "eval_accuracy", "eval_reward", "eval_rewards/margin")
             near = get_close_matches(metric, usual, n=1, cutoff=0.85)  # a slip, not another name such as `eval_length`
@@ -242,6 +243,22 @@ class _WatchedMetric(BaseConfig):
                 f"whether a larger `{metric}` is better isn't known: {meant}set `mode: max` or `mode: min` beside it"
             )
         return {**values, "mode": mode}
+
+    @field_validator("metric")
+    @classmethod
+    def _is_of_evaluations(cls, metric: str) -> str:
+        """Refuse a metric of training steps, as `loss` is: no evaluation would ever give it."""
+        if metric.startswith("eval_"):
+            return metric
+        # Other trainers call them `val_loss` and `eval/loss`.
+        name = re.sub(r"^(eval|val|valid|validation|test|dev|train)[_/.-]|^eval(?=[a-z])", "", metric.strip())
+        raise refused(
+            ConfigError(
+                "isn't a metric of evaluations, whose names begin with `eval_`", fix=f"did you mean `eval_{name}`?"
+            ),
+            [],
+            metric,
+        )
 
 
 class KeepBestConfig(_WatchedMetric):

@@ -96,13 +96,13 @@ def summarise(path: Path, name: str, metric: str | None = None) -> RunSummary:
     last, best, best_step = _values(path, chosen, options, evaluations, row)
     step = row.get("step") if is_number(row.get("step")) else record.get("step")
     plugin = record.get("plugin")
-    method = plugin.get("name") if isinstance(plugin, Mapping) else options.get("method")
+    origin = plugin if isinstance(plugin, Mapping) else {}
     status = _status(path, record)
     message = record.get("message")
     return RunSummary(
         path, name, status,
-        method=str(method or options.get("method") or ""),
-        model=Path(str(options.get("model") or "")).name,
+        method=str(origin.get("name") or options.get("method") or origin.get("target") or ""),
+        model=Path(str(options.get("model") or record.get("model") or "")).name,
         step=step if isinstance(step, int) else 0,
         total_steps=_total(options, events),
         metric=chosen, last=last, best=best, best_step=best_step,

@@ -40,6 +40,7 @@ from rlhf_core.training.run_data import open_stream
 from rlhf_core.training.run_directory import RunDirectory, refuse_inputs_inside
 from rlhf_core.training.run_record import (
     check_inputs,
+    method_origin,
     record_data,
     record_failure,
     record_inputs,
@@ -156,7 +157,9 @@ class Run:
         def open_here() -> dict[str, Any]:
             if not self.resume and self.trainer.output is not None:
                 refuse_inputs_inside(self.trainer.output, self.options)
-            opened.append(RunDirectory.open(self.trainer.output, resume=self.resume, overwrite=self.overwrite))
+            asked = {"plugin": method_origin(self.trainer), "model": self.options["model"]}
+            how = {"resume": self.resume, "overwrite": self.overwrite}
+            opened.append(RunDirectory.open(self.trainer.output, asked=asked, **how))
             return {"continued": opened[0].continued, "started": opened[0].record["started"]}
 
         main = self.distribution.on_main(open_here)

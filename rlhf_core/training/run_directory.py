@@ -60,11 +60,16 @@ class RunDirectory:
         """`run.json` as an earlier process of the run left it."""
 
     @classmethod
-    def open(cls, path: Path | None, *, resume: bool, overwrite: bool) -> RunDirectory:
+    def open(
+        cls, path: Path | None, *, resume: bool, overwrite: bool, asked: Mapping[str, Any] | None = None
+    ) -> RunDirectory:
         """Lock a directory for a run and make it ready, before anything expensive is loaded.
 
         In an empty or missing directory a run starts, also with `resume`. `resume` continues the run in it; `overwrite` removes
         one first, and nothing but a run.
+
+        Args:
+            asked: fields of `run.json` that say what was asked for, by which a run that fails at its start is told from others.
 
         Raises:
             StorageError: it can't be written, isn't empty, isn't a run's directory, or another process has locked it.
@@ -72,7 +77,7 @@ class RunDirectory:
         """
         if resume and overwrite:
             raise ConfigError("a run is either continued or replaced", got="--resume and --overwrite", fix="choose one")
-        record, before = _new_record(), dict[str, Any]()
+        record, before = {**_new_record(), **(asked or {})}, dict[str, Any]()
         if path is None:
             if resume or overwrite:
                 raise ConfigError("no run directory is set", place="output", fix="set `output`")
@@ -313,6 +318,30 @@ def _remove(path: Path, items: list[Path]) -> None:
             for item in items:
                 remove_tree(item)
             fsync_directory(path)
+
+
+def output_state(path: Path, *, resume: bool, overwrite: bool) -> str:
+    """Return what a run would find in its directory and do with it, as a phrase; nothing is changed."""
+    if path.exists() and not path.is_dir():
+        return "a file, not a directory: choose another `output`"
+    found = (
+        [item for item in path.iterdir() if item.name != _LOCK and not _is_leftover(item.name)] if path.exists() else []
+    )
+    if not found:
+        return "new"
+    try:
+        if not is_run(path):
+            return "not empty, and not a run's directory: choose an empty or a new one"
+        began = not _never_began(path)
+    except StorageError:
+        return "holds a run whose `run.json` can't be read: choose another `output`"
+    if is_at_work(path):
+        return "a run is at work there: wait for its end, or choose another `output`"
+    if resume or overwrite:
+        return "continued" if resume else "replaced"
+    if not began:
+        return "a run that failed before its first step, replaced"
+    return "holds an earlier run: needs --resume or --overwrite"
 
 
 def is_run(path: Path) -> bool:

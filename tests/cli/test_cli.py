@@ -192,7 +192,10 @@ def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Pat
     assert rlhf("train", str(path), "--dry-run")[1] == out
     output.mkdir()
     (output / "x").touch()
-    assert "needs --resume or --overwrite" in rlhf(*arguments)[1]
+    assert (
+        f"# output: {output} (not empty, and not a run's directory: choose an empty or a new one)"
+        in rlhf(*arguments)[1]
+    )
 
 
 def test_a_dry_run_says_what_rows_are_read_as(rlhf, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_valid_file_says_what_the_run_takes(rlhf, tmp_path: Path, model: str) 
     lines = out.splitlines()
     assert lines[0] == f"ok: {path} is a valid configuration of rlhf-core:sft"
     assert "rows: 100, all can be used, `max_length: 64` cuts 52.0 %" in lines
-    assert "steps: 38" in lines
+    assert "steps: 38" in lines and lines[-1] == f"output: {tmp_path / 'run'} (new)"
     for name in ("parameters", "memory", "time", "disk"):
         assert any(line.startswith(f"{name}: ") for line in lines), name
     assert "# steps: 38" in rlhf("train", str(path), "--dry-run")[1].splitlines()

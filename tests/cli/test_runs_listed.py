@@ -20,6 +20,7 @@ from rlhf_core.evaluation.report import chart_files
 from rlhf_core.evaluation.report.chart_data import Line, LineChart
 from rlhf_core.evaluation.run_list import age, list_runs
 from rlhf_core.infra.files import lock_directory
+from rlhf_core.training.run_directory import RunDirectory
 
 OPTIONS: dict[str, Any] = {
     "method": "sft",
@@ -132,6 +133,15 @@ def test_runs_as_json_and_what_is_no_folder(
     assert capsys.readouterr().out == "no runs below .\n"
 
 
+def test_a_run_that_failed_at_its_start_says_what_it_was(tmp_path: Path) -> None:
+    asked = {"plugin": {"name": "dpo", "distribution": "rlhf-core", "version": "0.1.0"}, "model": "models/small"}
+    run = RunDirectory.open(tmp_path / "run", resume=False, overwrite=False, asked=asked)
+    run.end("failed", 3, step=0, message="rows.jsonl:1: no column `chosen`")
+    run.close()
+    (found,) = list_runs(tmp_path)
+    assert (found.status, found.method, found.model) == ("failed", "dpo", "small")
+
+
 # rlhf plot
 
 
@@ -166,6 +176,14 @@ def test_curves_have_colours_and_marks_where_a_terminal_shows_them() -> None:
     assert any("\u2801" <= character <= "\u28ff" for line in plain for character in line)
     alone = plot_lines(LineChart("one", [Line("", [7], [3.0])]), width=40, height=6, colours=False)
     assert sum(line.count("*") for line in alone) == 1
+
+
+def test_without_colours_each_curve_has_a_letter() -> None:
+    curves = [(0, 0), (0, 1), (1, 0), (1, 1)]  # two metrics of two runs: a colour for each run, a style for each metric
+    lines = [Line(f"{at}", [0, 9], [float(at)] * 2, *styled) for at, styled in enumerate(curves)]
+    text = plot_lines(LineChart("four", lines), width=40, height=7, colours=False)
+    assert text[1] == "* 0   x 1   o 2   + 3"
+    assert [{*line} - {*" |0123"} for line in text[2:9:2]] == [{"+"}, {"o"}, {"x"}, {"*"}]
 
 
 def test_two_runs_on_common_axes(

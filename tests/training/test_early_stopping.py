@@ -318,6 +318,10 @@ def test_the_direction_is_that_of_the_metric_or_is_stated() -> None:
         TrainerConfig.parse({"keep_best": "eval_length"})
     with pytest.raises(ConfigError, match="`eval_los` is better isn't known: did you mean `eval_loss`"):
         TrainerConfig.parse({"early_stopping": {"metric": "eval_los"}})
+    for given, meant in (("loss", "eval_loss"), ("val/accuracy", "eval_accuracy"), ("evalloss", "eval_loss")):
+        for options in ({"keep_best": given}, {"early_stopping": {"metric": given, "mode": "min"}}):
+            with pytest.raises(ConfigError, match=f"evaluations, .* got '{given}'; fix: did you mean `{meant}`"):
+                TrainerConfig.parse(options)
     assert TrainerConfig.parse({"keep_best": True}).keep_best == KeepBestConfig(metric="eval_loss", mode="min")
     for missing, options in (("output", {}), ("eval_steps", {"eval_steps": None})):
         with pytest.raises(ConfigError, match=f"keep_best: .*; fix: set `{missing}`"):

@@ -54,6 +54,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
         "git",
         "seeds",
         "plugin",
+        "model",
     } <= record.keys()
     assert record["plugin"] == {"target": "toy:ToyTrainer"}
     data = read_json(tmp_path / "data.json")

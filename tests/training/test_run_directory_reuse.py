@@ -8,7 +8,7 @@ import pytest
 from toy import toy
 
 from rlhf_core.infra.errors import ConfigError, StorageError
-from rlhf_core.training.run_directory import RunDirectory, refuse_inputs_inside
+from rlhf_core.training.run_directory import RunDirectory, output_state, refuse_inputs_inside
 
 
 def failed(path: Path, *, step: int) -> None:
@@ -96,3 +96,24 @@ def test_a_run_that_is_still_marked_as_running_is_asked_about(tmp_path: Path) ->
     RunDirectory.open(tmp_path / "run", resume=False, overwrite=False).close()
     with pytest.raises(StorageError, match="holds an earlier run"):
         RunDirectory.open(tmp_path / "run", resume=False, overwrite=False)
+
+
+def test_what_a_run_would_do_with_its_directory_is_told_before(tmp_path: Path) -> None:
+    def state(path: Path, *, resume: bool = False, overwrite: bool = False) -> str:
+        return output_state(path, resume=resume, overwrite=overwrite)
+
+    run, file = tmp_path / "run", tmp_path / "file"
+    file.touch()
+    assert (state(run), state(run, resume=True)) == ("new", "new")
+    assert state(file).startswith("a file, not a directory")
+    assert state(tmp_path, overwrite=True).startswith("not empty, and not a run's directory")
+    held = RunDirectory.open(run, resume=False, overwrite=False)
+    assert state(run, resume=True).startswith("a run is at work there")
+    held.end("failed", 3, step=0, message="a mistake in a row")
+    held.close()
+    assert state(run) == "a run that failed before its first step, replaced"
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert state(run) == "holds an earlier run: needs --resume or --overwrite"
+    assert (state(run, resume=True), state(run, overwrite=True)) == ("continued", "replaced")
+    (run / "run.json").write_text("{")
+    assert state(run, resume=True).startswith("holds a run whose `run.json` can't be read")
