@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.trainer import Trainer
     from rlhf_core.data.data_survey import DataSurvey, Lengths, NotedMistakes, RowPicture
 
-_OPTIONS = ("max_length", "trust_remote_code", "dataset")
+_OPTIONS = ("max_length", "trust_remote_code", "new_tokens", "dataset")
 """Options of every method that decide how rows are read."""
 _MARKS = ("«", "»")
 _SHOWN = 1500
@@ -132,7 +132,7 @@ def _outline(model: str, config: TrainerConfig) -> tuple[Any, TrainerConfig]:
     from rlhf_core.models.loading import read_outline
     from rlhf_core.training.loader import with_length
 
-    outline = read_outline(model, trust_remote_code=config.trust_remote_code)
+    outline = read_outline(model, trust_remote_code=config.trust_remote_code, new_tokens=config.new_tokens)
     return outline.tokenizer, with_length(config, outline.max_positions)
 
 

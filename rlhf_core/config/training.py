@@ -529,7 +529,8 @@ class TrainerConfig(BaseConfig):
     new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         description="Tokens that are added to the tokenizer, such as `<think>`, with embeddings that start as the mean of the"
-        " others; with `lora` their rows alone are trained beside the adapters. More of them shorten what they stand for.",
+        " others; with `lora` their rows alone are trained beside the adapters. Those of a chat template by name become control"
+        " tokens. More of them shorten what they stand for.",
     )
     freeze: list[str] = Field(
         default_factory=list,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contracts.records import Message
-from rlhf_core.data.control_tokens import ControlTokens
+from rlhf_core.data.control_tokens import ALLOWED, ControlTokens
 from rlhf_core.data.messages import NoContent
 from rlhf_core.data.named_templates import ANYWHERE, LAYOUTS, named_template
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError, did_you_mean, shortened
@@ -401,16 +402,34 @@ def read_template(option: str) -> str:
 
 def _check_tokens(name: str, control: ControlTokens, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a template by name whose control tokens the tokenizer doesn't have: they would be mere text."""
-    missing = [token for token in LAYOUTS[name].tokens if token not in control.tokens]
-    if not LAYOUTS[name].tokens and tokenizer.eos_token is None:
+    tokens = LAYOUTS[name].tokens
+    if not tokens and tokenizer.eos_token is None:
         raise ConfigError("the tokenizer has no end token, with which the template ends turns", place=OPTION, got=name)
-    if missing:
+    missing = [token for token in tokens if token not in control.tokens]
+    if not missing:
+        return
+    others = f"take a template that ends turns with the end token: {', '.join(ANYWHERE)}"
+    vocabulary = tokenizer.get_vocab()
+    if ordinary := [token for token in missing if token in vocabulary]:
+        allowed = all(token in map(str, tokenizer.added_tokens_decoder.values()) for token in ordinary)
+        named = f"`{ALLOWED}: {json.dumps(ordinary)}` lets every text write them, too; or "
         raise ConfigError(
-            f"the tokenizer lacks {', '.join(f'`{token}`' for token in missing)}, which the template `{name}` is made of",
+            f"{_listed(ordinary)} of the template `{name}` are ordinary tokens of the tokenizer, not control tokens",
             place=OPTION,
             got=name,
-            fix=f"take one that ends turns with the end token: {', '.join(ANYWHERE)}",
+            fix=(named if allowed else "") + others,
         )
+    raise ConfigError(
+        f"the tokenizer lacks {_listed(missing)}, which the template `{name}` is made of",
+        place=OPTION,
+        got=name,
+        fix=f"a training adds them by `new_tokens: {json.dumps(missing)}`; or {others}",
+    )
+
+
+def _listed(tokens: Sequence[str]) -> str:
+    """Return tokens as messages write them."""
+    return ", ".join(f"`{token}`" for token in tokens)
 
 
 def _parts(content: str | None) -> list[dict[str, str]] | None:
@@ -431,8 +450,6 @@ def _with_content(chat: Chat, content: str | None) -> Chat:
 
 def _with_written_arguments(chat: Chat) -> Chat | None:
     """Return the conversation with the arguments of its tool calls written as JSON; None where no arguments are mappings."""
-    import json
-
     found = False
 
     def written(value: Any) -> Any:

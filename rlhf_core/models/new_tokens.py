@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlhf_core.data.named_templates import CONTROL_TOKENS
 from rlhf_core.infra.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,8 @@ _ADDED = "_rlhf_new_tokens"
 def add_to_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> range:
     """Add tokens to a tokenizer, in place, unless this has been done; return their ids.
 
-    They are ordinary tokens: data may use them, and decoding keeps their text.
+    They are ordinary tokens: data may use them, and decoding keeps their text. Those that chat templates by name are made of are
+    control tokens: in data their text stays text, so that no row can forge a turn.
 
     Raises:
         ConfigError: it has one of them already.
@@ -39,7 +41,8 @@ def add_to_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> range:
     from tokenizers import AddedToken
 
     known = len(tokenizer)
-    count = tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    made = [AddedToken(token, normalized=False, special=token in CONTROL_TOKENS) for token in tokens]
+    count = tokenizer.add_tokens(made)
     ids = range(known, known + len(tokens))
     if count != len(tokens) or tokenizer.convert_tokens_to_ids(list(tokens)) != list(ids):
         raise ConfigError("the tokenizer can't take the tokens", place=_OPTION, got=", ".join(map(repr, tokens)))

@@ -50,6 +50,17 @@ def test_rows_are_encoded_as_for_a_model(rlhf, tmp_path: Path, model: str) -> No
     assert "max_length 64 cuts" in rlhf("data", path, "--model", model)[1]
 
 
+def test_rows_are_encoded_with_tokens_that_a_run_would_add(rlhf, tmp_path: Path, model: str) -> None:
+    path = _write(tmp_path / "rows.jsonl", GOOD)
+    options = ("--model", model, "--dataset.wrap", "chat", "--dataset.chat_template", "chatml")
+    code, _, err = rlhf("data", path, *options)
+    assert code == 2
+    assert 'a training adds them by `new_tokens: ["<|im_start|>", "<|im_end|>"]`' in " ".join(err.split())
+    code, out, _ = rlhf("data", path, *options, "--new_tokens", '["<|im_start|>", "<|im_end|>"]')
+    assert code == 0
+    assert "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n\nresponse:\n«4<|im_end|>»" in out
+
+
 def test_every_mistake_is_a_line(rlhf, tmp_path: Path) -> None:
     path = _write(tmp_path / "rows.jsonl", GOOD, *({"prompt": "a", "response": ""} for _ in range(12)))
     code, out, _ = rlhf("data", path, "--method", "sft")

@@ -79,7 +79,7 @@ def test_an_example_becomes_what_the_page_says(
 
 
 def test_the_page_shows_every_template_by_name() -> None:
-    """What the table says of each: the question and its answer, where the system message goes, whether tools have turns."""
+    """What the table says of each: the question and its answer, where the system message goes, whether it has tools."""
     table = PAGE.read_text(encoding="utf-8").partition("| name | a question")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| `(.*)` \| ([\w ]+) \| (yes|no) \| ([\w ]+) \|$", table, re.MULTILINE)
     assert [name for name, *_ in rows] == list(LAYOUTS)
@@ -92,7 +92,7 @@ def test_the_page_shows_every_template_by_name() -> None:
         assert system == (
             "in the question" if layout.system is None else "before it" if layout.system == "{}\n\n" else "own turn"
         )
-        assert (tools == "yes") == (layout.tool is not None)
+        assert (tools == "yes") == (layout.tools is not None)
         assert needs == ("its control tokens" if layout.tokens else "an end token")
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core.config.training import TrainerConfig
+from rlhf_core.data.chat_rendering import ChatTemplate
+from rlhf_core.data.encoder import Encoder
+from rlhf_core.data.open_source import open_source
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, RewardModel
@@ -115,6 +118,27 @@ def test_a_resumed_run_is_the_run_that_went_on(
     cut = trainer(str(base), tmp_path / "cut", **options)
     cut.train(resume=True)
     assert torch.equal(logits(whole.policy.network), logits(cut.policy.network))
+
+
+CHATML = ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "target_modules": ["q_proj"]}], ids=["every weight", "LoRA"])
+def test_a_template_by_name_gets_its_control_tokens(base: Path, lora: dict[str, Any] | None, tmp_path: Path) -> None:
+    options = {"dataset": {"wrap": "chat", "chat_template": "chatml"}, "lora": lora}
+    with pytest.raises(ConfigError, match=r"by `new_tokens: \[\"<\|im_start\|>\", \"<\|im_end\|>\"\]`"):
+        trainer(str(base), tmp_path / "refused", **options, new_tokens=[]).train()
+    made = trainer(str(base), tmp_path / "run", **options, new_tokens=[*CHATML, "<think>"])
+    made.train()
+    again = PolicyModel.from_pretrained(tmp_path / "run/model")
+    tokenizer = again.tokenizer
+    assert tokenizer.convert_tokens_to_ids([*CHATML, "<think>"]) == [263, 264, 265]
+    assert tokenizer.decode([263, 50, 264, 265], skip_special_tokens=True) == f"{tokenizer.decode([50])}<think>"
+    assert ChatTemplate(tokenizer).stops == (264,)
+    question = [{"role": "user", "content": "<|im_end|>"}]
+    (row,) = Encoder(tokenizer, "prompt").encode(list(open_source([{"prompt": question}]).rows()))
+    assert row.row is not None and row.row.prompt_ids.count(264) == 1  # text of a row ends no turn
+    assert row.control_text == ("<|im_end|>",)
 
 
 def test_a_model_in_memory_is_trained_further_from_its_rows() -> None:
