@@ -144,17 +144,18 @@ def _evaluated(evaluator: RLHFEvaluator, directory: Path | None, *, resume: bool
 
 
 def _print(report: EvaluationReport, before: EvaluationReport | None, directory: Path | None, *, as_json: bool) -> None:
-    from rlhf_core.evaluation.evaluation_report import compare
+    from rlhf_core.evaluation.evaluation_report import compare, not_compared
 
     differences = None if before is None else compare(before, report)
+    notes = [*report.notes, *([] if before is None else not_compared(before, report))]
     if as_json:
-        found = report.summary()
+        found = report.summary() | {"notes": notes}
         if differences is not None:
             found["differences"] = {name: one.as_json() for name, one in differences.items()}
         return print_json(found | ({} if directory is None else {"output": str(directory)}))
     header = ("metric", "value", "error", "95 % interval", "over", *(() if differences is None else ("difference",)))
     print_table(header, [_cells(name, one, differences) for name, one in report.metrics.items()])
-    for note in report.notes:
+    for note in notes:
         print_note(f"note: {note}")
     print_text(f"prompts: {len(report.prompts):,}, {report.seconds:.1f} seconds")
     if directory is not None:

@@ -15,6 +15,11 @@ from rlhf_core.infra.files import read_json, replace_json
 SCHEMA = 1
 """Version of the file's structure; one that is read by other rules has another."""
 EVALUATION_FILE = "evaluation.json"
+_AGAINST = {
+    "kl": "reference", "win_rate": "baseline", "length_controlled_win_rate": "baseline", "ties": "baseline",
+    "consistent": "baseline",
+}  # fmt: skip
+"""Beginning of a metric's name → the role of the model that it compares the policy with."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ def compare(before: EvaluationReport, after: EvaluationReport) -> dict[str, Esti
 
     Prompts are paired by their contents, so their order may differ. What both evaluations share, such as how hard a prompt is,
     cancels: the error is smaller than that of two evaluations of different prompts. A prompt counts where both have a value.
+    What was measured against different models, such as the KL to two references, has no difference: see `not_compared`.
 
     Raises:
         ConfigError: the evaluations are of different prompts.
@@ -154,8 +160,9 @@ def compare(before: EvaluationReport, after: EvaluationReport) -> dict[str, Esti
         )
     place = {key: number for number, key in enumerate(second)}
     found = {}
+    other = _against_others(before, after)
     for name, old in before.by_prompt.items():
-        if name not in after.by_prompt:
+        if name not in after.by_prompt or name in other:
             continue
         later = after.by_prompt[name].weighted()
         pairs = zip(old.weighted(), (later[place[key]] for key in first), strict=True)
@@ -163,6 +170,36 @@ def compare(before: EvaluationReport, after: EvaluationReport) -> dict[str, Esti
         if both:
             found[name] = ratio_difference(*map(list, zip(*both, strict=True)))
     return found
+
+
+def not_compared(before: EvaluationReport, after: EvaluationReport) -> list[str]:
+    """Return sentences on the metrics that `compare` leaves out because they were measured against different models."""
+    by_role: dict[str, list[str]] = {}
+    for name, role in _against_others(before, after).items():
+        by_role.setdefault(role, []).append(name)
+    return [
+        f"{', '.join(names)} can't be compared: the {role} is {_named(before, role)} before and {_named(after, role)} after"
+        for role, names in by_role.items()
+    ]
+
+
+def _against_others(before: EvaluationReport, after: EvaluationReport) -> dict[str, str]:
+    """Return metric → role of those that both have and that were measured against different models in that role."""
+    both = [name for name in before.by_prompt if name in after.by_prompt]
+    roles = {name: role for name in both if (role := _AGAINST.get(name.partition("/")[0])) is not None}
+    return {name: role for name, role in roles.items() if _compared_with(before, role) != _compared_with(after, role)}
+
+
+def _compared_with(report: EvaluationReport, role: str) -> Any:
+    """Return what tells the model in a role from others: the hashes of its files, else its name; or the column of a baseline."""
+    model = report.settings.get("models", {}).get(role) or {}
+    column = report.settings.get("options", {}).get("baseline_column") if role == "baseline" else None
+    return model.get("files") or model.get("source") or column
+
+
+def _named(report: EvaluationReport, role: str) -> str:
+    model = report.settings.get("models", {}).get(role) or {}
+    return str(model.get("source") or report.settings.get("options", {}).get("baseline_column") or "unknown")
 
 
 def _keys(report: EvaluationReport) -> list[tuple[str, int]]:

@@ -175,10 +175,9 @@ class CapabilityChange:
         return found | p_values | changed | {"regressed": self.regressed}
 
     def __str__(self) -> str:
-        return (
-            f"{self.suite}: {self.before.value:.3f} → {self.after.value:.3f} ({self.points:+.1f} points, p ="
-            f" {self.adjusted_p_value:.2g}; {len(self.losses)} of {self.before.count} prompts worse, {len(self.gains)} better)"
-        )
+        changed = f"{len(self.losses)} of {self.before.count} prompts worse, {len(self.gains)} better"
+        test = f"{self.points:+.1f} points, p of a drop = {self.adjusted_p_value:.2g}"
+        return f"{self.suite}: {self.before.value:.3f} → {self.after.value:.3f} ({test}; {changed})"
 
 
 class CapabilityTester:

@@ -164,8 +164,9 @@ class EvaluateStage(Stage):
         found, changes = metrics.get("metrics", {}), metrics.get("differences", {})
         names = [name for start in _TELLING for name in found if name.startswith(start)][:1] or list(found)[:1]
         texts = [f"{name} {_shown(found[name])}" for name in names]
+        earlier = "".join(one.stage for one in references(self.values.get(_COMPARE)))
         return ", ".join(
-            texts + [f"{_shown(changes[name], '+')} more than before" for name in names if name in changes]
+            texts + [f"{_shown(changes[name], '+')} against {earlier}" for name in names if name in changes]
         )
 
     def _file(self, find: Find) -> dict[str, Any]:

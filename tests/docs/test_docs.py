@@ -217,7 +217,7 @@ def test_evaluation(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_pipeline(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/pipeline.md", tmp_path, environment)
     assert "ok: recipe.yaml is a valid recipe of 6 stages" in printed and printed.count("finished before") == 12
-    assert "['judge', 'policy']" in printed and "more than before" in printed
+    assert "['judge', 'policy']" in printed and "against before" in printed
     listings = (yaml.safe_load(text) for language, text in blocks("docs/pipeline.md") if language == "yaml")
     recipe, improve, flaws = listings
     assert recipe == yaml.safe_load((ROOT / "examples/recipes/arithmetic.yaml").read_text(encoding="utf-8"))
@@ -228,7 +228,7 @@ def test_pipeline(tmp_path: Path, environment: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_self_improvement(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/self-improvement.md", tmp_path, environment)
-    assert "sums: " in printed and "points, p = " in printed and "penalty at λ = 1: " in printed
+    assert "sums: " in printed and "points, p of a drop = " in printed and "penalty at λ = 1: " in printed
     assert json.loads((tmp_path / "flaws.json").read_text())["gap"]["auc"] == 0
     for line in (tmp_path / "refined.jsonl").read_text().splitlines():
         assert json.loads(line)["details"]["stopped"] in ("no_gain", "critic", "rounds", "no_room")

@@ -23,7 +23,7 @@ from rlhf_core.config.answering_options import AnsweringModelConfig
 from rlhf_core.config.evaluation import PairwiseJudgeConfig
 from rlhf_core.evaluation.diversity import self_bleu
 from rlhf_core.evaluation.estimate import mean_estimate, ratio_difference, wilson_interval
-from rlhf_core.evaluation.evaluation_report import MetricByPrompt, compare
+from rlhf_core.evaluation.evaluation_report import MetricByPrompt, compare, not_compared
 from rlhf_core.evaluation.measures import PromptMeasures, estimates, vote_confidence, win_measures
 from rlhf_core.evaluation.pairwise_judge import ComparedPair, PairwiseJudge
 from rlhf_core.evaluation.text_embeddings import TextEmbedder
@@ -197,6 +197,27 @@ def test_a_comparison_by_hand() -> None:
     with pytest.raises(ConfigError, match="1 only before, 1 only after"):
         compare(before, report_of([1, 1, 3, 0], keys="abce"))
     assert compare(before, EvaluationReport({}, {}, before.prompts)) == {}
+
+
+def test_a_kl_to_another_reference_has_no_difference() -> None:
+    def measured(reference: str, baseline: str = "b", files: dict[str, str] | None = None) -> EvaluationReport:
+        models = {"reference": {"source": reference, "files": files}, "baseline": {"source": baseline}}
+        by_prompt = {
+            name: MetricByPrompt([1.0, 2.0]) for name in ("kl/token", "kl/sequence", "win_rate/judge", "length")
+        }
+        prompts = [{"place": key, "key": key} for key in "ab"]
+        return EvaluationReport({}, by_prompt, prompts, settings={"models": models})
+
+    before, after = measured("start"), measured("sft")
+    assert {*compare(before, after)} == {"win_rate/judge", "length"}
+    (said,) = not_compared(before, after)
+    assert said == "kl/token, kl/sequence can't be compared: the reference is start before and sft after"
+    assert {*compare(before, measured("start", "c"))} == {"kl/token", "kl/sequence", "length"}
+    # A copy of the reference in another place is the same model; other weights in its place are another.
+    assert not_compared(measured("start", files={"w": "1"}), measured("copy", files={"w": "1"})) == []
+    assert len(not_compared(measured("start", files={"w": "1"}), measured("start", files={"w": "2"}))) == 1
+    # Where one evaluation has no such metric there is nothing to say.
+    assert not_compared(before, report_of([0, 1], "ab")) == []
 
 
 ROWS_TWICE = st.lists(st.tuples(*[st.integers(-9, 9), st.integers(1, 5)] * 2), min_size=2, max_size=8)

@@ -120,7 +120,7 @@ def test_two_runs_beside_each_other(tmp_path: Path) -> None:
     assert "learning_rate 0.001 0.5" in words and "seed 0 1" in words
     assert "max_steps 12 12" not in words  # equal options are no difference
     # 0.5 − 0.5 with the interval of two independent values, 1.96 · √2 · 0.05.
-    assert "+0 ± 0.14" in words
+    assert "+0 [-0.139, +0.139]" in words and words.count("± is one standard error") == 1
     assert "Solve rate of groups: a/grpo" in found.titles and found.titles.count("Loss") == 1
 
 
@@ -316,12 +316,33 @@ def test_a_pipeline_by_its_stages(tmp_path: Path) -> None:
     assert "grpo sums 0.5 [0.46, 0.54] 0.625 [0.585, 0.665] +0.125 kept" in words
     assert "poison sums 0.625 [0.585, 0.665] 0.225 [0.185, 0.265] -0.4 [-0.44, -0.36], p = 0.001 regression" in words
     assert "pass@1 0.25 [0.21, 0.29] 0.375 [0.335, 0.415]" in words
-    assert "mcts 0.750 ± 0.098 90 +0.250 ± 0.078" in words
+    assert "mcts 0.75 [0.652, 0.848] 90 +0.25 [+0.172, +0.328]" in words
+    assert "p is that of a drop" in words and words.count("± is one standard error") == 1 and words.count("±") == 1
     assert "stages/00-grpo/model 0.7" in words and "base 0.3" in words
     assert "search: rows.jsonl, row 1" in found.titles and f"found {EVIL}" in found.text
     assert "Tokens by stage" in found.titles and "Stages" in found.titles
     assert "1,200" in words  # of the stage without recorded tokens, from its metrics
     assert found.titles.count("Loss") == 2 and "later" in words
+
+
+@pytest.mark.usefixtures("without_charts")
+def test_a_kl_to_other_references_is_not_set_against_another(tmp_path: Path) -> None:
+    path = write_pipeline(tmp_path / "arithmetic/pipeline")
+    for number, reference in enumerate(("base", "stages/00-grpo/model")):
+        file = path / f"stages/0{number + 2}-evaluate{number}/evaluation.json"
+        found = json.loads(file.read_text()) | {"settings": {"models": {"reference": {"source": reference}}}}
+        file.write_text(json.dumps(found | {"metrics": {"kl/token": estimate(0.5)}}))
+    record = json.loads((path / "pipeline.json").read_text())
+    record["stages"][3]["metrics"] = {
+        "differences": {"length": estimate(-2.0)}, "notes": ["kl/token can't be compared: …"]
+    }  # fmt: skip
+    (path / "pipeline.json").write_text(json.dumps(record))
+    page = Page(report_page(path))
+    words = " ".join(page.text.split())
+    assert "another reference in each" in words and "evaluate0 to base; evaluate1 to stages/00-grpo/model." in words
+    assert "length -2 [-2.04, -1.96]" in words and "evaluate1: kl/token can't be compared: …" in words
+    # A name that says no more than what it is has the folder above before it.
+    assert page.headings[0] == "Pipeline arithmetic/pipeline"
 
 
 @pytest.mark.usefixtures("without_charts")

@@ -44,6 +44,8 @@ class Table:
     numbers: frozenset[int] = frozenset()
     """Columns whose cells are numbers, set flush right."""
     caption: str = ""
+    stacked: bool = False
+    """Whether a narrow screen shows the cells of a row below each other: of tables with a column of sentences."""
 
 
 @dataclass(frozen=True)

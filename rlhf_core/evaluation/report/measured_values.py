@@ -28,6 +28,13 @@ class MeasuredValue:
         return f"{figure(self.value)} [{figure(self.low)}, {figure(self.high)}]"
 
     @property
+    def signed(self) -> str:
+        """The value as a difference: with its sign, and that of each end of the interval."""
+        if self.low is None or self.high is None:
+            return f"{self.value:+.4g}"
+        return f"{self.value:+.4g} [{self.low:+.3g}, {self.high:+.3g}]"
+
+    @property
     def a_share(self) -> bool:
         """Whether it may be a share: between 0 and 1, with an interval."""
         return self.low is not None and 0 <= self.value <= 1

@@ -20,7 +20,7 @@ from rlhf_core.evaluation.report.blocks import (
     present,
 )
 from rlhf_core.evaluation.report.chart_data import Bars, Chart, Interval, Intervals, Line, LineChart, Span, Timeline
-from rlhf_core.evaluation.report.measured_values import INTERVAL, MeasuredValue, measured, metrics_of, suites_of
+from rlhf_core.evaluation.report.measured_values import MeasuredValue, measured, metrics_of, suites_of
 from rlhf_core.evaluation.report.page_charts import PageCharts
 from rlhf_core.evaluation.report.pipeline_files import PipelineHistory, StageHistory, merge_card
 from rlhf_core.evaluation.report.run_files import RunHistory, is_number, number_of
@@ -187,7 +187,7 @@ def _stage_blocks(pipelines: Pipelines, drawing: PageCharts) -> list[Block]:
     header = ["stage", "kind", "method", "status", "time", "tokens", "result", "reason"]
     if not any(row[7].text for row in rows):
         header, rows = header[:7], [row[:7] for row in rows]
-    table = [Table(header, rows, frozenset({4, 5}))] if rows else []
+    table = [Table(header, rows, frozenset({4, 5}), stacked=True)] if rows else []
     return [*drawing.pictures(charts), *table]
 
 
@@ -226,7 +226,34 @@ def _evaluations(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts
         ]
         charts += [Intervals("Shares with 95 % intervals", items)] if items else []
     table = Table(["metric", *by_stage], rows, frozenset(range(1, len(by_stage) + 1)))
-    return [*drawing.pictures(charts[:24]), table, *_differences(stages)]
+    return [*drawing.pictures(charts[:24]), table, *_references(stages), *_differences(stages), *_notes(stages)]
+
+
+def _references(stages: Sequence[tuple[str, StageHistory]]) -> list[Block]:
+    """Say what each KL is measured to, where that isn't the same everywhere."""
+    found = {}
+    for label, stage in stages:
+        settings = stage.evaluation.get("settings")
+        models = settings.get("models") if isinstance(settings, Mapping) else None
+        reference = models.get("reference") if isinstance(models, Mapping) else None
+        if isinstance(reference, Mapping):
+            found[label] = str(reference.get("source"))
+    if len(set(found.values())) < 2:
+        return []
+    text = "; ".join(f"{label} to {source}" for label, source in found.items())
+    return [
+        Paragraph(f"The KL is to another reference in each, so these values can't be set against each other: {text}.")
+    ]
+
+
+def _notes(stages: Sequence[tuple[str, StageHistory]]) -> list[Block]:
+    """Return what evaluations note of their metrics."""
+    blocks: list[Block] = []
+    for label, stage in stages:
+        metrics = stage.values.get("metrics")
+        notes = metrics.get("notes") if stage.evaluation and isinstance(metrics, Mapping) else None
+        blocks += [Paragraph(f"{label}: {note}", "muted") for note in (notes if isinstance(notes, list) else [])]
+    return blocks
 
 
 def _differences(stages: Sequence[tuple[str, StageHistory]]) -> list[Block]:
@@ -240,7 +267,8 @@ def _differences(stages: Sequence[tuple[str, StageHistory]]) -> list[Block]:
     if not by_stage:
         return []
     names = dict.fromkeys(name for found in by_stage.values() for name in found)
-    rows = [[Cell(name), *(Cell(_or_dash(found.get(name))) for found in by_stage.values())] for name in names]
+    cells = {name: [found.get(name) for found in by_stage.values()] for name in names}
+    rows = [[Cell(name), *(Cell("–" if one is None else one.signed) for one in found)] for name, found in cells.items()]
     caption = "Paired differences of the same prompts, to the evaluation that the recipe compares each stage with."
     return [Table(["difference of", *by_stage], rows, frozenset(range(1, len(by_stage) + 1)), caption)]
 
@@ -279,10 +307,8 @@ def _changes(capabilities: Mapping[str, Any]) -> dict[str, str]:
         difference = measured(one.get("difference")) if isinstance(one, Mapping) else None
         if difference is not None:
             p_value = number_of(one.get("adjusted_p_value"))
-            text = f"{difference.value:+.4g}"
-            if difference.low is not None and difference.high is not None:
-                text += f" [{difference.low:+.3g}, {difference.high:+.3g}]"
-            found[str(one.get("suite"))] = text + ("" if p_value is None else f", p = {p_value:.2g}")
+            p_text = "" if p_value is None else f", p = {p_value:.2g}"
+            found[str(one.get("suite"))] = difference.signed + p_text
     return found
 
 
@@ -316,26 +342,19 @@ def _comparisons(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts
             continue
         lines, rows = [], []
         for number, one in enumerate(samplers):
-            name, tokens, error = (
-                str(one.get("name", one.get("sampler", "?"))),
-                number_of(one.get("tokens_per_prompt")),
-                number_of(one.get("error")),
-            )
-            width = None if error is None else INTERVAL * error
+            name, tokens = str(one.get("name", one.get("sampler", "?"))), number_of(one.get("tokens_per_prompt"))
+            accuracy = measured({"value": one["accuracy"], "error": one.get("error")})
+            more = measured({"value": one.get("difference"), "error": one.get("difference_error")})
+            assert accuracy is not None
             if tokens is not None:
-                lines.append(
-                    Line(
-                        name, [tokens], [one["accuracy"]], number, errors=None if width is None else [width], marks=True
-                    )
-                )
-            more, off = number_of(one.get("difference")), number_of(one.get("difference_error"))
-            gain = "–" if more is None else f"{more:+.3f}" + ("" if off is None else f" ± {INTERVAL * off:.3f}")
+                errors = None if accuracy.high is None else [accuracy.high - accuracy.value]
+                lines.append(Line(name, [tokens], [accuracy.value], number, errors=errors, marks=True))
             rows.append(
                 [
                     Cell(name),
-                    Cell(f"{one['accuracy']:.3f}" + ("" if width is None else f" ± {width:.3f}")),
+                    Cell(str(accuracy)),
                     Cell(figure(tokens)),
-                    Cell(gain),
+                    Cell("–" if more is None else more.signed),
                     Cell(figure(number_of(one.get("seconds")))),
                 ]
             )
@@ -460,4 +479,4 @@ def _history(pipeline: PipelineHistory, *, named: bool) -> list[Block]:
     more = len(pipeline.events) - len(rows)
     caption = f"{more} earlier ones are left out." if more else ""
     title = [Paragraph(pipeline.name)] if named else []
-    return [*title, Table(["time", "event", "details"], rows, caption=caption)]
+    return [*title, Table(["time", "event", "details"], rows, caption=caption, stacked=True)]

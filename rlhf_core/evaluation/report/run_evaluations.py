@@ -82,13 +82,14 @@ def _compared(
 
 
 def _difference(before: MeasuredValue | None, after: MeasuredValue | None, *, paired: bool) -> str:
-    """Return after − before as text, of independent values with the half-length of its 95 % interval."""
+    """Return after − before as text, of independent values with its 95 % interval."""
     if before is None or after is None:
         return "–"
-    text = f"{after.value - before.value:+.4g}"
+    change = after.value - before.value
     if paired or before.low is None or before.high is None or after.low is None or after.high is None:
-        return text
-    return f"{text} ± {math.hypot(before.high - before.low, after.high - after.low) / 2:.2g}"
+        return MeasuredValue(change).signed
+    half = math.hypot(before.high - before.low, after.high - after.low) / 2
+    return MeasuredValue(change, change - half, change + half).signed
 
 
 def _over_steps(name: str, by_run: Mapping[str, Sequence[tuple[int, Measurements]]]) -> LineChart | None:

@@ -11,8 +11,8 @@ _SHADES = (
     " probability."
 )
 ABOUT = {
-    "Evaluation": "Held-out rows; brackets and bars are 95 % intervals, where a standard error is known. Of one run the rows are"
-    " the same each time, so the difference of two values is more certain than their intervals suggest.",
+    "Evaluation": "Held-out rows. Of one run the rows are the same each time, so the difference of two values is more certain"
+    " than their intervals suggest.",
     "Loss and reward": "What training minimises and what it is rewarded with, over the optimiser's steps.",
     "Reward against KL": "What reward was gained for which distance from the reference. A curve that moves right without rising"
     " pays distance for nothing.",
@@ -27,12 +27,15 @@ ABOUT = {
     "Rollouts": "What the policy was trained on: the most divided group and that of the lowest reward, the best completions"
     " first. " + _SHADES,
     "Stages": "When each stage ran, how it ended, and the tokens that it was trained on.",
-    "Evaluations": "What each stage that evaluates measured; brackets and bars are 95 % intervals.",
-    "Capability tests": "The suites before and after each stage. A significant drop beyond the threshold rolls the stage back.",
-    "Samplers compared": "Accuracy against the tokens that models were run on, with 95 % intervals.",
+    "Evaluations": "What each stage that evaluates measured.",
+    "Capability tests": "The suites before and after each stage. A significant drop beyond the threshold rolls the stage back. p"
+    " is that of a drop: how likely so low a value would be had nothing changed. Of a suite that improved it is near 1.",
+    "Samplers compared": "Accuracy against the tokens that models were run on.",
     "Search trees": "How the search went: which steps it tried, and the path that it chose.",
 }
 """Title of a section → the text."""
+UNCERTAINTY = "Throughout, ± is one standard error; brackets, and the bars of charts, are 95 % intervals."
+"""Said once, in the first section of a page with measured values."""
 
 
 def titled(title: str, blocks: Sequence[Block], *, folded: bool = False) -> Section:

@@ -12,6 +12,7 @@ from rlhf_core.evaluation.report.pipeline_files import is_pipeline_directory, re
 from rlhf_core.evaluation.report.pipeline_sections import pipeline_overview, pipeline_sections
 from rlhf_core.evaluation.report.run_files import is_run_directory, read_run, require_readable
 from rlhf_core.evaluation.report.run_sections import overview, run_sections
+from rlhf_core.evaluation.report.section_texts import UNCERTAINTY
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.files import replace_file, storage_errors
 
@@ -60,14 +61,23 @@ def report_page(directory: Path, other: Path | None = None) -> str:
     if pipelines[0]:
         found = [read_pipeline(one, name) for one, name in zip(directories, names, strict=True)]
         sections = pipeline_sections(found, drawing)
-        first, kind = pipeline_overview(found), "Pipeline"
+        first, kind, measures = pipeline_overview(found), "Pipeline", True
     else:
         runs = [read_run(one, name) for one, name in zip(directories, names, strict=True)]
         sections = run_sections(runs, drawing)
-        first, kind = overview(runs), "Run"
+        first, kind, measures = overview(runs), "Run", any(run.evaluations for run in runs)
     notes = [Paragraph(note, "bad") for note in drawing.notes]
-    first = Section(first.title, [*first.blocks, *notes])
-    return html_page(f"{kind} {' and '.join(names)}", present(first, *sections))
+    legend = [Paragraph(UNCERTAINTY, "muted")] if measures else []
+    first = Section(first.title, [*first.blocks, *notes, *legend])
+    return html_page(_title(kind, names, directories[0]), present(first, *sections))
+
+
+def _title(kind: str, names: Sequence[str], directory: Path) -> str:
+    """Return the page's title: `Pipeline arithmetic`; with the folder above where the name says no more than the kind."""
+    (first, *others), above = names, directory.resolve().parent.name
+    if above and not others and first.lower().rstrip("s") == kind.lower():
+        first = f"{above}/{first}"
+    return f"{kind} {' and '.join([first, *others])}"
 
 
 def _is_pipeline(path: Path) -> bool:
