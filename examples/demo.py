@@ -5,14 +5,17 @@
 The task is arithmetic in written steps (`rlhf_core.testing.arithmetic_task`). More than half of the demonstrations go wrong at
 some step, so a model that imitates them well is as often wrong when it is sampled from; GRPO then learns from a verifier which of
 its own answers were right. This program writes a model of random weights, the data and a recipe, runs the recipe as `rlhf run`
-does, and writes the report as `rlhf report` does. Everything depends on the seed alone. Run again, it replaces the demo in its
-folder; a folder that holds anything else is refused. `compare_methods.py` compares DPO, GRPO and PPO on the same task.
+does, prints what the stages gained and what that shows, and writes the report as `rlhf report` does. Everything depends on the
+seed alone. Each stage computes with one thread unless OMP_NUM_THREADS is set: more make a model of this size hardly faster, and
+many times slower where cores are busy. Run again, it replaces the demo in its folder; a folder that holds anything else is
+refused. `compare_methods.py` compares DPO, GRPO and PPO on the same task.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -33,6 +36,7 @@ from rlhf_core.testing.tiny import save_tiny
 
 SFT_STEPS, REWARD_STEPS, ROLLOUTS = 450, 90, 45
 TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.62)
+VALIDATOR = "numeric_answer"
 MOST_TOKENS = 34
 """The longest answer that is sampled, in tokens; a right one has at most 31."""
 
@@ -91,7 +95,7 @@ class Demo:
         guard = self.rows("problems-guard", "reasoning", max(20, self.scaled(100)), seed=4, split="test")
         pairs = self.rows("pairs", "preference", self.scaled(REWARD_STEPS) * 32, seed=3)
         pairs_heldout = self.rows("pairs-heldout", "preference", self.scaled(300), seed=3, split="test")
-        verified = {"prompts": problems, "validator": "numeric_answer", "max_new_tokens": MOST_TOKENS, "n": 4}
+        verified = {"prompts": problems, "validator": VALIDATOR, "max_new_tokens": MOST_TOKENS, "n": 4}
         judge = {
             "model": "sft", "data": pairs, "eval_data": pairs_heldout, "max_steps": self.scaled(REWARD_STEPS), "batch_size": 32,
             "learning_rate": 1e-3,
@@ -107,7 +111,7 @@ class Demo:
             },
             "capabilities": {
                 "suites": [{
-                    "name": "sums", "prompts": guard, "validator": "numeric_answer",
+                    "name": "sums", "prompts": guard, "validator": VALIDATOR,
                     "generation": {"max_new_tokens": MOST_TOKENS, "temperature": 0.0},
                 }],
             },
@@ -130,14 +134,14 @@ class Demo:
                     ],
                 },
                 {
-                    "method": "grpo", "model": "sft", "rewards": ["numeric_answer"], "variant": "dr_grpo", "equal_groups": "skip",
+                    "method": "grpo", "model": "sft", "rewards": [VALIDATOR], "variant": "dr_grpo", "equal_groups": "skip",
                     "data": self.rows("problems", "reasoning", self.scaled(ROLLOUTS) * 64, seed=1), "batch_size": 64,
                     "group_size": 8, "minibatches": 4, "max_steps": 4 * self.scaled(ROLLOUTS), "learning_rate": 3e-4,
                     "generation": drawing,
                 },
                 {"kind": "evaluate", "name": "after", "compare": "before", **verified},
                 {"kind": "merge", "name": "merged", "method": "linear", "models": ["sft", "grpo"]},
-                {"kind": "evaluate", "name": "after_merge", "model": "merged", "compare": "before", **verified},
+                {"kind": "evaluate", "name": "after_merge", "model": "merged", "compare": "after", **verified},
             ],
         }  # fmt: skip
 
@@ -150,8 +154,9 @@ def run(demo: Demo, *, resume: bool = False) -> int:
     """
     began = time.monotonic()
     demo.claim(resume=resume)
-    recipe = demo.folder / "recipe.yaml"
-    recipe.write_text(dump_yaml(demo.recipe()), encoding="utf-8")
+    recipe, values = demo.folder / "recipe.yaml", demo.recipe()
+    recipe.write_text(dump_yaml(values), encoding="utf-8")
+    print(f"{len(values['stages'])} stages; what each logs is in {demo.folder / 'pipeline/stages'}", flush=True)
     result = RLHFOrchestrator(recipe).run_full_pipeline(resume=resume, overwrite=not resume)
     page = write_report(result.output)
     show(json.loads((result.output / "pipeline.json").read_text(encoding="utf-8")), Console())
@@ -160,20 +165,82 @@ def run(demo: Demo, *, resume: bool = False) -> int:
 
 
 def show(record: Mapping[str, Any], console: Console) -> None:
-    """Print a line for each stage of a pipeline's record."""
-    table = Table(title="What each stage gained")
+    """Print a line for each stage of a pipeline's record, and what they show together."""
+    table = Table(title="What each stage gained", caption="± is one standard error", caption_justify="left")
     for heading in ("stage", "gain", "s"):
         table.add_column(heading, justify="right" if heading == "s" else "left")
     for stage in record["stages"]:
         table.add_row(stage["name"], gained(stage), f"{stage.get('seconds') or 0:.0f}")
     console.print(table)
+    for text in explained(record):
+        console.print(text, highlight=False, markup=False)
 
 
 def gained(stage: Mapping[str, Any]) -> str:
-    """Return in words what a stage gained; of one that measures nothing itself, such as a merge, its capability tests."""
+    """Return in words what a stage gained; of a merge, which measures nothing itself, its capability tests."""
     changes = (stage.get("capabilities") or {}).get("changes", [])
     tests = [f"{one['suite']} {one['before']['value']:.3f} → {one['after']['value']:.3f}" for one in changes]
-    return str(stage.get("gain") or stage.get("reason") or ", ".join(tests))
+    tested = ", ".join(tests) if stage.get("kind") == "merge" else ""
+    return str(tested or stage.get("gain") or stage.get("reason") or ", ".join(tests))
+
+
+def explained(record: Mapping[str, Any]) -> list[str]:
+    """Return a few sentences on what the table shows: each only where the numbers of this run say so."""
+    stages = {stage["name"]: stage for stage in record["stages"] if stage.get("status") == "finished"}
+    return [*about_search(stages), *about_merge(stages)]
+
+
+def about_search(stages: Mapping[str, Any]) -> list[str]:
+    """Say why the best of eight by the reward model is worse than one sample, where it is, and what else eight samples hold."""
+    if not {"search", "reward_model"} <= {*stages}:
+        return []
+    by_name = {one["name"]: one for one in stages["search"]["metrics"]["samplers"]}
+    one, best, majority = (by_name[name] for name in ("generate", "best_of_8", "majority_of_8"))
+    agreed = stages["reward_model"]["metrics"]["last"].get("eval_accuracy")
+    if agreed is None or not clearly(-best["difference"], best["difference_error"]):
+        return []
+    texts = [
+        f"best_of_8 is right less often than one sample, {best['accuracy']:.3f} against {one['accuracy']:.3f}: it takes the"
+        f" answer that the reward model scores highest. That model prefers the right answer in {agreed:.3f} of the held-out"
+        " pairs, where guessing has 0.5, and among eight answers those that it overrates win."
+    ]
+    if clearly(majority["difference"], majority["difference_error"]):
+        texts.append(
+            f"The commonest of eight answers (majority_of_8), which asks no model, is right in {majority['accuracy']:.3f}."
+        )
+    return [" ".join(texts)]
+
+
+def about_merge(stages: Mapping[str, Any]) -> list[str]:
+    """Say what the merge is compared with and whether it lost, and why it was kept all the same."""
+    if not {"before", "after", "merged", "after_merge"} <= {*stages}:
+        return []
+    metric = f"accuracy/{VALIDATOR}"
+    apart = stages["after_merge"]["metrics"].get("differences", {}).get(metric)
+    if apart is None or not clearly(abs(apart["value"]), apart["error"]):
+        return []
+    before, after, merged = (
+        stages[name]["metrics"]["metrics"][metric]["value"] for name in ("before", "after", "after_merge")
+    )
+    lost = "lost" if apart["value"] < 0 else "gained"
+    text = (
+        f"after_merge is compared with after: the mean of the weights of sft and grpo {lost}"
+        f" {100 * abs(apart['value']):.1f} ± {100 * apart['error']:.1f} points against grpo alone"
+    )
+    if before < merged < after:
+        text += f", and lies between sft ({before:.3f}) and grpo ({after:.3f})"
+    changes = (stages["merged"].get("capabilities") or {}).get("changes", [])
+    if apart["value"] < 0 and changes:
+        text += (
+            ". The merge was kept because the capability tests judge the likeliest answer, not sampled ones, and there the change"
+            f" is {changes[0]['points']:+.1f} points"
+        )
+    return [f"{text}."]
+
+
+def clearly(difference: float, error: float | None) -> bool:
+    """Tell whether a difference is above 0 by more than two standard errors."""
+    return error is not None and difference > 2 * error
 
 
 def main() -> int:
@@ -188,6 +255,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, rows and problems (default: 1)")
     parser.add_argument("--resume", action="store_true", help="go on where the demo was stopped")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the stages' processes
     setup_logging()
     return run(Demo(options.output, options.seed, options.scale), resume=options.resume)
 

@@ -45,8 +45,8 @@ def run(
     """Run a pipeline of stages: `rlhf run RECIPE.yaml`, from data to a policy that is tested and guarded.
 
     The whole recipe is checked first: stages, options, data and models. Each stage runs in a process of its own, in
-    OUTPUT/stages/; a line tells its begin, its end and its gain. Where a stage fails or makes a capability worse, later stages go
-    on with the policy from before, or the pipeline stops, as the recipe says.
+    OUTPUT/stages/; a line tells its begin, its end and its gain, and another, meanwhile, how it goes. Where a stage fails or
+    makes a capability worse, later stages go on with the policy from before, or the pipeline stops, as the recipe says.
     """
     no_bars_in_logs()
     changes = {key: value for key, value in {"output": output, "seed": seed}.items() if value is not None}

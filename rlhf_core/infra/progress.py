@@ -1,11 +1,11 @@
-"""Progress on stderr: a bar where there is a terminal; of bytes and sampled rows, elsewhere a line in the log now and then."""
+"""Progress on stderr: a bar or a line where there is a terminal; of what has no steps, elsewhere a line now and then."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Self
 from rlhf_core.infra.log import console
 
 if TYPE_CHECKING:
+    from rich.live import Live
     from rich.progress import Progress, ProgressColumn, TaskID
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 30.0
-"""Seconds between two log lines where there is no terminal."""
+"""Seconds between two lines where there is no terminal."""
 REDRAW_EVERY = 0.1
-"""Seconds between two drawings of a byte bar."""
+"""Seconds between two drawings of a bar or line that no thread redraws."""
 
 
 class _Bar:
@@ -219,3 +220,52 @@ class RowBar(_Bar):
         if self._drawn_for_rows:
             share *= self._drawn / self._drawn_for_rows
         return elapsed * max(1 / share - 1, 0)
+
+
+class NewsLine:
+    """Shows for how long something runs that logs elsewhere, and what is new of it: `[1/9] sft · 38 s · step 120/450 loss 0.2`.
+
+    On a terminal the line is renewed in its place on stderr; elsewhere `tell` is called with it every `LOG_EVERY` seconds.
+
+    Args:
+        head: what runs.
+        began: when it began, by `time.monotonic`.
+        tell: prints a line.
+    """
+
+    def __init__(self, head: str, began: float, tell: Callable[[str], None]) -> None:
+        self._head, self._began, self._tell = head, began, tell
+        self._shown = time.monotonic()
+        self._live: Live | None = None
+
+    def show(self, news: str) -> None:
+        """Show the line if it is time for it."""
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if now - self._shown < (REDRAW_EVERY if terminal else LOG_EVERY):
+            return
+        self._shown = now
+        seconds = round(now - self._began)
+        took = f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+        line = " · ".join(filter(None, (self._head, took, " ".join(news.split()))))
+        if terminal:
+            self._draw(line)
+        else:
+            self._tell(line)
+
+    def hide(self) -> None:
+        """Take the line from the terminal, as before anything else is printed; `show` brings it back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self, line: str) -> None:
+        from rich.live import Live
+        from rich.text import Text
+
+        text = Text(line, no_wrap=True, overflow="ellipsis")
+        if self._live is None:
+            # What is printed meanwhile hides the line itself; redirected, stdout would go to the terminal where it is a file.
+            apart = {"redirect_stdout": False, "redirect_stderr": False}
+            self._live = Live(text, console=console(), transient=True, auto_refresh=False, **apart)  # type: ignore[arg-type]
+            self._live.start()
+        self._live.update(text, refresh=True)

@@ -60,6 +60,8 @@ class RLHFOrchestrator:
             where methods and rewards of a notebook are known.
         tell: called with a line for people at the begin and the end of each stage; None prints them.
         log: called with each line that a stage's process logs; None keeps them in the stages' log files alone.
+        progress: show how the running stage goes where `log` is None: on a terminal in a line that is renewed, elsewhere by
+            `tell` every half minute.
     """
 
     def __init__(
@@ -72,10 +74,12 @@ class RLHFOrchestrator:
         run: RunCommand | None = None,
         tell: Callable[[str], None] | None = None,
         log: Callable[[str], None] | None = None,
+        progress: bool = True,
     ) -> None:
         self._source, self._changes = recipe, dict(changes or {})
         self._resume, self._overwrite = resume, overwrite
         self._run, self._tell, self._log = run, tell or _print, log
+        self._progress = progress and log is None
         self._entries: list[dict[str, Any]] = []
         """Stages that were run one by one."""
         self._execution: PipelineRun | None = None
@@ -360,8 +364,9 @@ class RLHFOrchestrator:
         self, plan: PipelinePlan, record: PipelineRecord, run: RunCommand, stop: StopSignal, *, replace: bool
     ) -> PipelineRun:
         return PipelineRun(
-            plan, record, run, stopping=lambda: stop.requested is not None, tell=self._tell, replace=replace
-        )
+            plan, record, run, stopping=lambda: stop.requested is not None, tell=self._tell, replace=replace,
+            progress=self._progress,
+        )  # fmt: skip
 
 
 def load_model(path: str | Path) -> PolicyModel | HeadedModel:

@@ -20,13 +20,12 @@ from rlhf_core.pipeline.stage import Stage, StageWork
 from rlhf_core.pipeline.stage_command import InProcesses, RunCommand
 from rlhf_core.pipeline.stage_fingerprint import content_of, differences, fingerprint, made_from
 from rlhf_core.pipeline.stage_references import MODEL, resolved
+from rlhf_core.pipeline.stage_watch import StageWatch
 
 log = logging.getLogger(__name__)
 
 _BETWEEN_REPORTS = 60.0
 """Seconds between two reports at least, and before the first: a shorter pipeline would spend a large share of its time on it."""
-_BETWEEN_NOTES = 10.0
-"""Seconds between two notes of how long the running stage has taken: what a kill loses of it at most."""
 KEPT = ("finished", "rolled_back")
 """Statuses of stages that aren't run again while what they are made from is the same."""
 
@@ -72,6 +71,7 @@ class PipelineRun:
         stopping: tells whether this process was asked to stop.
         tell: called with a line for people at the begin and end of each stage.
         replace: whether a finished stage that changed may be replaced.
+        progress: whether people see how the running stage goes, too.
     """
 
     def __init__(
@@ -83,10 +83,12 @@ class PipelineRun:
         stopping: Callable[[], bool],
         tell: Callable[[str], None],
         replace: bool,
+        progress: bool = False,
     ) -> None:
-        self.plan, self.record, self._run = plan, record, self._noting(run)
+        self._watch = StageWatch(self._note_seconds, tell, shows=progress)
+        self.plan, self.record, self._run = plan, record, self._watched(run)
         plan.settle(record.directories())
-        self._stopping, self._tell, self._replace = stopping, tell, replace
+        self._stopping, self._print, self._replace = stopping, tell, replace
         recipe = plan.recipe.recipe
         self.policy: str = recipe.model
         """The last good policy."""
@@ -96,9 +98,6 @@ class PipelineRun:
         """(stage, product) → path, of what may be taken."""
         self._reported = time.monotonic()
         """When the report was written last, or the pipeline began."""
-        self._stage: tuple[str, float] | None = None
-        """The stage that runs, and when it would have begun had it never been interrupted."""
-        self._noted = 0.0
         self._guard: CapabilityGuard | None = None
         if recipe.capabilities is not None:
             self._guard = CapabilityGuard(recipe.capabilities, plan.output / "capabilities", self._run, recipe.seed)
@@ -127,26 +126,27 @@ class PipelineRun:
 
     def continue_with(self, plan: PipelinePlan, run: RunCommand, stopping: Callable[[], bool]) -> None:
         """Go on with a plan that has one more stage."""
-        self.plan, self._run, self._stopping = plan, self._noting(run), stopping
+        self.plan, self._run, self._stopping = plan, self._watched(run), stopping
         plan.settle(self.record.directories())
         if self._guard is not None:
             self._guard.run = self._run
         self.record.arrange(list(plan.stages), more=True)
         self.record.write_recipe(plan.recipe)
 
-    def _noting(self, run: RunCommand) -> RunCommand:
-        """Return what runs commands; while one of them runs in a process of its own, the stage's time is noted."""
+    def _watched(self, run: RunCommand) -> RunCommand:
+        """Return what runs commands; those that run in processes of their own are watched."""
         if isinstance(run, InProcesses):
-            run.meanwhile = self._note_seconds
+            run.watch = self._watch
         return run
 
-    def _note_seconds(self) -> None:
-        """Write now and then how long the running stage has taken, for a resume after a kill."""
-        now = time.monotonic()
-        if self._stage is not None and now - self._noted >= _BETWEEN_NOTES:
-            self._noted = now
-            name, began = self._stage
-            self.record.update_stage(name, seconds=round(now - began, 3))
+    def _note_seconds(self, name: str, seconds: float) -> None:
+        """Write how long the running stage has taken, for a resume after a kill."""
+        self.record.update_stage(name, seconds=seconds)
+
+    def _tell(self, text: str) -> None:
+        """Print a line for people."""
+        self._watch.hide()
+        self._print(text)
 
     def settle(self) -> None:
         """Note the last good policy between stages that are run one by one."""
@@ -295,9 +295,8 @@ class PipelineRun:
         )
         self._tell(f"{self._head(stage)} {'continued' if continued else 'begun'}, from {self._relative(base)}")
         directory.parent.mkdir(parents=True, exist_ok=True)
-        self._noted = time.monotonic()
-        began = self._noted - spent
-        self._stage = (name, began)
+        began = time.monotonic() - spent
+        self._watch.stage_begun(name, self._number(stage), spent)
         work = StageWork(directory, directory.with_name(directory.name + ".yaml"), self._find, self._run)
         metrics: dict[str, Any] = {}
         try:
@@ -308,7 +307,7 @@ class PipelineRun:
         except BaseException as error:
             return self._failed(stage, error, base, metrics, time.monotonic() - began)
         finally:
-            self._stage = None
+            self._watch.stage_ended()
         return self._finished(stage, metrics, time.monotonic() - began)
 
     def _compare(self, stage: Stage, before: Any) -> None:
@@ -418,8 +417,11 @@ class PipelineRun:
             "makes": (stage.makes or {})[MODEL].kind if MODEL in (stage.makes or {}) else None,
         }
 
+    def _number(self, stage: Stage) -> str:
+        return f"[{stage.entry.number}/{len(self.plan.stages)}] {stage.entry.name}"
+
     def _head(self, stage: Stage) -> str:
-        return f"[{stage.entry.number}/{len(self.plan.stages)}] {stage.entry.name} ({stage.label})"
+        return f"{self._number(stage)} ({stage.label})"
 
     def _relative(self, path: str) -> str:
         """Return a path within the pipeline's directory relative to it, any other as it is."""

@@ -56,6 +56,19 @@ class RunCommand(Protocol):
         """
 
 
+class CommandWatch(Protocol):
+    """Looks on while commands run in processes of their own."""
+
+    def begin(self, command: str) -> None:
+        """A command of `rlhf`, such as `train`, begins."""
+
+    def line(self, text: str) -> None:
+        """It has written a line to stderr; called in another thread."""
+
+    def tick(self) -> None:
+        """It still runs; called several times a second."""
+
+
 class InProcesses:
     """Runs each command in a process of its own, which ends when this one does and gets its SIGTERM and Ctrl-C.
 
@@ -66,8 +79,7 @@ class InProcesses:
 
     def __init__(self, stop: StopSignal, show: Callable[[str], None] | None = None) -> None:
         self._stop, self._show = stop, show
-        self.meanwhile: Callable[[], None] = lambda: None
-        """Called several times a second while a command runs."""
+        self.watch: CommandWatch | None = None
 
     def __call__(self, arguments: Sequence[str], *, log: Path, processes: int = 1) -> str:
         python = sys.executable or "python"
@@ -83,10 +95,14 @@ class InProcesses:
                 encoding="utf-8", errors="replace", start_new_session=True,
             )  # fmt: skip
             out, err = io.StringIO(), io.StringIO()
+            shown = [self._show] if self._show is not None else []
+            if self.watch is not None:
+                self.watch.begin(arguments[0])
+                shown.append(self.watch.line)
             assert process.stdout is not None and process.stderr is not None
             readers = [
                 threading.Thread(target=_copy, args=(process.stdout, out.write), daemon=True),
-                threading.Thread(target=_copy, args=(process.stderr, _keep(err, file, self._show)), daemon=True),
+                threading.Thread(target=_copy, args=(process.stderr, _keep(err, file, *shown)), daemon=True),
             ]
             for reader in readers:
                 reader.start()
@@ -105,7 +121,8 @@ class InProcesses:
             try:
                 return process.wait(timeout=_POLL)
             except subprocess.TimeoutExpired:
-                self.meanwhile()
+                if self.watch is not None:
+                    self.watch.tick()
                 if passed is None and self._stop.requested is not None:
                     passed = self._stop.requested
                     process.send_signal(passed)
@@ -172,14 +189,14 @@ def _copy(stream: IO[str], write: Callable[[str], object]) -> None:
             write(line)
 
 
-def _keep(kept: io.StringIO, file: IO[str], show: Callable[[str], None] | None) -> Callable[[str], None]:
+def _keep(kept: io.StringIO, file: IO[str], *shown: Callable[[str], None]) -> Callable[[str], None]:
     """Return a function that keeps a line, appends it to a file, and shows it."""
 
     def keep(line: str) -> None:
         kept.write(line)
         file.write(line)
         file.flush()
-        if show is not None:
+        for show in shown:
             show(line)
 
     return keep

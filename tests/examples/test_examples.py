@@ -1,13 +1,17 @@
 """The examples run: their scripts with small inputs, their configurations against the methods' own options."""
 
 import importlib.util
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rlhf_core import registry
 from rlhf_core.cli import exit_code
@@ -202,6 +206,68 @@ def test_the_demo_replaces_a_demo_and_nothing_else(
     assert claimed("empty") == claimed("new") == claimed("new") == claimed("new", resume=True) == 0
     assert claimed("new", seed=1, resume=True) == 2 and "is another one" in capsys.readouterr().err
     assert claimed("new", seed=1) == claimed("new", seed=1, resume=True) == 0
+
+
+def demo_record(best: float, merged: float, *, judge: float = 0.587) -> dict[str, Any]:
+    """Return a demo's record, as far as its explanations read it: accuracies of best of 8 and after the merge."""
+    samplers = [
+        {"name": name, "accuracy": value, "difference": value - 0.475, "difference_error": 0.05}
+        for name, value in (("generate", 0.475), ("best_of_8", best), ("majority_of_8", 0.775))
+    ]
+
+    def measured(value: float, **more: Any) -> dict[str, Any]:
+        return {"metrics": {"metrics": {"accuracy/numeric_answer": {"value": value}}, **more}}
+
+    change = {"suite": "sums", "before": {"value": 0.99}, "after": {"value": 0.98}, "points": -1.0}
+    apart = {"differences": {"accuracy/numeric_answer": {"value": merged - 0.897, "error": 0.012}}}
+    stages: dict[str, dict[str, Any]] = {
+        "reward_model": {"metrics": {"last": {"eval_accuracy": judge}}},
+        "search": {"metrics": {"samplers": samplers}},
+        "before": measured(0.492),
+        "after": measured(0.897),
+        "merged": {"kind": "merge", "gain": "38 tensors", "capabilities": {"changes": [change]}},
+        "after_merge": measured(merged, **apart),
+    }
+    return {"stages": [{"name": name, "status": "finished", **stage} for name, stage in stages.items()]}
+
+
+def test_the_demo_explains_what_the_numbers_of_this_run_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("demo", monkeypatch)
+    record = demo_record(best=0.225, merged=0.771)
+    search, merge = example.explained(record)
+    assert "best_of_8 is right less often than one sample, 0.225 against 0.475" in search
+    assert (
+        "in 0.587 of the held-out pairs" in search
+        and "majority_of_8), which asks no model, is right in 0.775" in search
+    )
+    assert "compared with after" in merge and "lost 12.6 ± 1.2 points against grpo alone" in merge
+    assert "between sft (0.492) and grpo (0.897)" in merge and "there the change is -1.0 points" in merge
+    assert example.gained(record["stages"][4]) == "sums 0.990 → 0.980"
+    # A reward model that helps, and a merge that can't be told from what it is compared with: nothing to explain.
+    assert example.explained(demo_record(best=0.65, merged=0.88)) == []
+    (gained,) = example.explained(demo_record(best=0.45, merged=0.95))
+    assert "gained 5.3 ± 1.2 points" in gained and "between" not in gained and "kept" not in gained
+    record["stages"][1]["status"] = record["stages"][5]["status"] = "failed"
+    assert example.explained(record) == []
+    console = Console(file=io.StringIO(), width=80)
+    example.show(demo_record(best=0.225, merged=0.771), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "± is one standard error" in shown and "best_of_8 is right less often" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("own", "threads"), [(None, "1"), ("3", "3")])
+def test_the_demos_stages_have_one_thread_unless_the_user_wants_more(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, threads: str
+) -> None:
+    example = load("demo", monkeypatch)
+    monkeypatch.setenv("OMP_NUM_THREADS", own or "")  # put back at the end of the test
+    if own is None:
+        del os.environ["OMP_NUM_THREADS"]
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(example, "run", lambda demo, resume: int(os.environ["OMP_NUM_THREADS"]))
+    monkeypatch.setattr(example, "setup_logging", lambda: None)
+    assert example.main() == int(threads)
 
 
 @pytest.mark.slow

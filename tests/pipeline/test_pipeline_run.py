@@ -15,7 +15,7 @@ from rlhf_core.cli import main
 from rlhf_core.improvement.capability_tests import CapabilityRegression
 from rlhf_core.infra.errors import ConfigError, NumbersError, StorageError
 from rlhf_core.infra.model_files import file_hashes
-from rlhf_core.pipeline import pipeline_run
+from rlhf_core.pipeline import stage_watch
 from rlhf_core.pipeline.recipe import RecipeError
 from rlhf_core.pipeline.stage_command import InProcesses, InThisProcess
 from rlhf_core.training.signals import StopSignal
@@ -253,7 +253,7 @@ def test_tasks_of_lm_eval_are_a_stage(pipeline: Any, recorded: Any, folder: Path
 
 
 def test_time_before_a_kill_counts(pipeline: Any, recorded: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_run, "_BETWEEN_NOTES", 0.0)
+    monkeypatch.setattr(stage_watch, "_BETWEEN_NOTES", 0.0)
     noted: list[float] = []
 
     class Here(InProcesses):
@@ -261,7 +261,8 @@ def test_time_before_a_kill_counts(pipeline: Any, recorded: Any, folder: Path, m
 
         def __call__(self, arguments: Any, *, log: Path, processes: int = 1) -> str:
             found = InThisProcess(main)(arguments, log=log, processes=processes)
-            self.meanwhile()
+            assert self.watch is not None
+            self.watch.tick()
             noted.append(recorded()["stages"]["sft"]["seconds"])
             return found
 
