@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -220,14 +220,15 @@ class Run:
     def _check_resumable(self) -> None:
         """Refuse to continue a run under options that would change what it computes."""
 
-        def changes() -> list[OptionChange]:
+        def changes() -> list[dict[str, Any]]:
             before, output = self.directory.options() if self.directory.continued else None, self.trainer.output
             if not before or output is None:
                 return []
             done = max(CheckpointManager(output / "checkpoints").steps(), default=0)
-            return check_changes(before, self.options, place=str(output), allowed=self.allow_change, steps_done=done)
+            found = check_changes(before, self.options, place=str(output), allowed=self.allow_change, steps_done=done)
+            return [asdict(change) for change in found]
 
-        self.changes = self.distribution.on_main(changes)
+        self.changes = [OptionChange(**change) for change in self.distribution.on_main(changes)]
 
     def _require_disk_space(self) -> None:
         """Refuse to begin if the disk has less free space than the run will write."""
@@ -289,7 +290,8 @@ class Run:
         before = self.progress.metrics.get("learning_rate")
         if self.changes and before is not None and self.total_steps is not None and step < self.total_steps:
             now = self.schedule(step + 1 + (self.progress.skipped if self.setup.config.max_steps is None else 0))
-            log.info("the learning rate was %.3g at step %d, and is %.3g at step %d", before, step, now, step + 1)
+            if now != before:
+                log.info("the learning rate was %.3g at step %d, and is %.3g at step %d", before, step, now, step + 1)
 
     def _begin(self) -> None:
         """Emit `run_started`, and mark that training changes the models from here on."""

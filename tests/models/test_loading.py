@@ -127,12 +127,8 @@ def test_a_folded_adapter_can_be_trained_on_whole(saved: Path, tmp_path: Path) -
     assert all(parameter.requires_grad for parameter in policy.parameters())
 
 
-def test_quantisation_without_its_package(saved: Path) -> None:
-    pytest.importorskip("transformers")
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes"):
-        pytest.skip("bitsandbytes is installed")
+def test_quantisation_without_its_package(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"needs the package bitsandbytes.*qlora"):
         PolicyModel.from_pretrained(saved, lora=LoraConfig(quantize="4bit"))
 

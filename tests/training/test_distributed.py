@@ -153,6 +153,79 @@ def test_a_method_learns_the_same_from_one_process_and_two(
     assert rows(found[2])[-1]["eval_loss"] == pytest.approx(rows(found[1])[-1]["eval_loss"], rel=1e-3)
 
 
+SFT: dict[str, Any] = {
+    "batch_size": 8, "max_steps": 3, "max_length": 128, "learning_rate": 1e-3, "lr_schedule": "constant", "warmup_ratio": 0,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        # Orthogonal updates are computed in 16 bits, in which rounding in a gradient shows.
+        pytest.param({"optimizer": "muon"}, 1e-2, id="muon"),
+        # Moments are rounded to the nearest of 256 numbers, from which a last bit may lead to the next one.
+        pytest.param({"optimizer": "adamw_8bit"}, 1e-2, id="adamw_8bit"),
+        pytest.param({"neftune_alpha": 5.0}, 1e-3, id="neftune"),
+        pytest.param({"freeze": ["embed_tokens", "layers.0.*"]}, 1e-3, id="freeze"),
+    ],
+)
+def test_an_option_of_training_does_the_same_in_one_process_and_two(
+    tmp_path: Path, options: dict[str, Any], tolerance: float
+) -> None:
+    """The first step's gradients up to rounding, and the weights after three up to a share of the way that they went."""
+    if options.get("optimizer") == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed (extra `adamw-8bit`)")
+    found = {processes: tmp_path / str(processes) for processes in (1, 2)}
+    for processes, output in found.items():
+        assert launch(output, processes, method="sft", options={**SFT, **options}) == [0] * processes
+    assert first_gradients_differ_by(found[2], found[1]) < 1e-5
+    for row, same in zip(rows(found[2]), rows(found[1]), strict=True):
+        assert (row["tokens"], row["learning_rate"]) == (same["tokens"], same["learning_rate"])
+        assert row["loss"] == pytest.approx(same["loss"], rel=1e-3)
+    two, one, start = tensors(found[2], "weights"), tensors(found[1], "weights"), tiny_weights(0)
+    assert all(torch.equal(two[name], tensor) for name, tensor in tensors(found[2], "weights", 1).items())
+    assert differ_by(two, one, start) < tolerance
+    stayed = {start_name(name) for name in one if torch.equal(one[name], start_of(name, start))}
+    frozen = {name for name in start if "embed_tokens" in name or ".layers.0." in name}
+    assert stayed == (frozen if "freeze" in options else set())
+    assert all(torch.equal(two[name], start_of(name, start)) for name in two if start_name(name) in stayed)
+    if "neftune_alpha" in options:
+        assert launch(tmp_path / "quiet", 1, method="sft", options=SFT) == [0]
+        assert first_gradients_differ_by(tmp_path / "quiet", found[1]) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_run_on_two_processes_that_is_made_longer_is_the_one_that_was_planned_so(tmp_path: Path) -> None:
+    """To the bit, and as one process would have run it up to rounding."""
+    longer = {**SFT, "max_steps": 6}
+    assert launch(tmp_path / "stretched", 2, method="sft", options=SFT) == [0, 0]
+    assert launch(tmp_path / "stretched", 2, method="sft", options=longer, resume=True) == [0, 0]
+    for name, processes in (("planned", 2), ("alone", 1)):
+        assert launch(tmp_path / name, processes, method="sft", options=longer) == [0] * processes
+    stretched, planned, alone = (tensors(tmp_path / name, "weights") for name in ("stretched", "planned", "alone"))
+    assert all(torch.equal(planned[name], tensor) for name, tensor in stretched.items())
+    assert differ_by(stretched, alone, tiny_weights(0)) < 1e-3
+    assert [row["step"] for row in rows(tmp_path / "stretched")] == [1, 2, 3, 4, 5, 6]
+
+
+def start_name(name: str) -> str:
+    return name.removeprefix("policy.model.")
+
+
+def start_of(name: str, start: dict[str, torch.Tensor]) -> torch.Tensor:
+    return start[start_name(name)]
+
+
+def differ_by(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> float:
+    """Return ‖found − expected‖ / ‖expected − start‖ over all weights."""
+    apart = sum(float((found[name] - one).double().square().sum()) for name, one in expected.items())
+    moved = sum(float((one - start_of(name, start)).double().square().sum()) for name, one in expected.items())
+    return float((apart / moved) ** 0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
