@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from rlhf_core.cli.chat_session import FAILED, STOPPED, Answer, ChatSession, Turn
+from rlhf_core.cli.chat_stops import ChatStops
 from rlhf_core.cli.printing import WrappedWriter, print_note, print_rule, text_width
 from rlhf_core.cli.two_columns import TwoColumns
 from rlhf_core.contracts.completion import Completion
@@ -25,6 +26,7 @@ class _Growing:
     """An answer that grows, and what ended it."""
 
     stream: Generator[Completion]
+    stops: ChatStops
     last: Completion | None = None
     seconds: float = 0.0
     """That drawing its tokens took."""
@@ -35,7 +37,8 @@ class _Growing:
         """Draw one more token; return whether there was one. An error is kept in `error`."""
         began = time.monotonic()
         try:
-            self.last = next(self.stream)
+            with self.stops.drawing():
+                self.last = next(self.stream)
         except StopIteration:
             self.running = False
         except Exception as error:
@@ -56,22 +59,23 @@ class _Growing:
         return Answer(self.text, STOPPED if stopped or self.last is None else self.last.stop_reason, tokens)
 
 
-def answer(session: ChatSession, turn: Turn, *, terminal: bool) -> None:
+def answer(session: ChatSession, turn: Turn, stops: ChatStops) -> None:
     """Have every model answer a message, print the answers as they grow, and keep the turn; a stop keeps what was written.
 
     A model that fails keeps none of the others from answering: its answer is marked as failed, and the turn is kept where
-    anything was answered.
+    anything was answered. Of a further attempt that wrote nothing, the earlier answer stays.
 
     Raises:
         DataError, ModelError, NumbersError: why a model gave no answer; of two that failed the first one's.
         KeyboardInterrupt: what stopped the answers, where the chat ends with it.
     """
+    terminal = stops.terminal
     both = terminal and len(session.models) == 2 and text_width() >= _WIDE and _moves_cursor()
-    growing, ended = (_beside if both else _below)(session, turn, terminal)
+    growing, ended = (_beside if both else _below)(session, turn, stops)
     turn.answers = [one.answer() for one in growing]
     turn.answers += [Answer("", STOPPED, 0) for _ in session.models[len(growing) :]]  # those after one that was stopped
-    if any(one.stop_reason != FAILED or one.text for one in turn.answers):
-        session.keep(turn)
+    if any(one.stop_reason != FAILED or one.text for one in turn.answers) and session.keep(turn) and terminal:
+        print_note("the earlier answer is kept")
     if ended is not None and not (terminal and type(ended) is KeyboardInterrupt):
         raise ended
     failed = [(number, one.error) for number, one in enumerate(growing) if one.error is not None]
@@ -83,38 +87,39 @@ def answer(session: ChatSession, turn: Turn, *, terminal: bool) -> None:
         print(error.line(), file=sys.stderr)
 
 
-def _below(session: ChatSession, turn: Turn, terminal: bool) -> tuple[list[_Growing], KeyboardInterrupt | None]:
+def _below(session: ChatSession, turn: Turn, stops: ChatStops) -> tuple[list[_Growing], KeyboardInterrupt | None]:
     """Print the models' answers one below the other; return them, and the interrupt that stopped one, if one did."""
     found: list[_Growing] = []
     for number in range(len(session.models)):
         if len(session.models) > 1:
             print_rule(_name(number, session))
-        found.append(one := _Growing(session.stream(number, turn)))
+        found.append(one := _Growing(session.stream(number, turn), stops))
         writer = WrappedWriter()
         try:
             with contextlib.closing(one.stream):
                 while one.advance():
                     writer.show(one.text)
         except KeyboardInterrupt as error:
-            _finish(writer, one, session, terminal)
+            _finish(writer, one, session, stops)
             return found, error
-        _finish(writer, one, session, terminal)
+        _finish(writer, one, session, stops)
     return found, None
 
 
-def _finish(writer: WrappedWriter, one: _Growing, session: ChatSession, terminal: bool) -> None:
+def _finish(writer: WrappedWriter, one: _Growing, session: ChatSession, stops: ChatStops) -> None:
     """End the last line of an answer, and print what it took."""
-    if one.last is not None or one.error is None:
-        writer.end()
-    if terminal and one.last is not None:
+    if one.last is None and one.error is not None:
+        return
+    writer.end()
+    if stops.terminal:
         print_note(_facts(one, session))
 
 
-def _beside(session: ChatSession, turn: Turn, terminal: bool) -> tuple[list[_Growing], KeyboardInterrupt | None]:
+def _beside(session: ChatSession, turn: Turn, stops: ChatStops) -> tuple[list[_Growing], KeyboardInterrupt | None]:
     """Print two models' answers in two columns, drawn in turn; return them, and the interrupt that stopped them, if one did."""
     # In threads, since one model's autocast and gradients hold while its stream is suspended.
     found = [
-        _Growing(handed_over(_handing(session, number, turn), session.models[number].policy.device))
+        _Growing(handed_over(_handing(session, number, turn), session.models[number].policy.device), stops)
         for number in range(len(session.models))
     ]
     columns = TwoColumns([model.name for model in session.models])

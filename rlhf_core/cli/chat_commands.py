@@ -148,8 +148,10 @@ def _save(session: ChatSession, rest: str) -> Result:
         raise ConfigError("there is no message to save yet", place="/save")
     path = Path(words[0]).expanduser()
     found = [(session.messages(number), model.name) for number, model in enumerate(session.models)]
-    # A model that failed at every message has no answer to train on.
+    # A model that failed at every message, or was stopped before it wrote, has no answer to train on.
     rows = [{"messages": turns, "model": name} for turns, name in found if any(t["role"] == "assistant" for t in turns)]
+    if not rows:
+        raise ConfigError("there is no answer to save yet", place="/save")
     with storage_errors(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return Result(f"appended {len(rows)} row{'s' * (len(rows) > 1)} to {path}")

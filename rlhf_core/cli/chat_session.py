@@ -34,6 +34,11 @@ class Answer:
     stop_reason: str
     tokens: int
 
+    @property
+    def unwritten(self) -> bool:
+        """Whether it was stopped, or failed, before anything was written."""
+        return not self.text and self.stop_reason in (STOPPED, FAILED)
+
 
 @dataclass
 class Turn:
@@ -80,11 +85,19 @@ class ChatSession:
         """The turns of the conversation that continues."""
         return self.conversations[-1]
 
-    def keep(self, turn: Turn) -> None:
-        """Add an answered turn; a further attempt at the last message replaces it."""
+    def keep(self, turn: Turn) -> bool:
+        """Add an answered turn. A further attempt at the last message replaces it, but no answer by one that is unwritten.
+
+        Returns:
+            Whether an earlier answer stays.
+        """
+        stays = False
         if turn.attempt:
-            self.turns.pop()
+            for number, before in enumerate(self.turns.pop().answers):
+                if turn.answers[number].unwritten and not before.unwritten:
+                    turn.answers[number], stays = before, True
         self.turns.append(turn)
+        return stays
 
     def reset(self) -> None:
         """Begin a new conversation; the earlier ones stay in the file."""
@@ -126,7 +139,7 @@ class ChatSession:
 
     def prompt_tokens(self, number: int) -> int:
         """Return how many tokens a model reads of the conversation before the next message."""
-        if not self.turns and self.system is None:
+        if not _answered(number, self.turns) and self.system is None:
             return 0
         batch = prompt_batch(self.models[number].policy, [self.prompt(number, Turn(""))])
         return int(batch.prompt_lengths[0])
@@ -182,8 +195,9 @@ class ChatSession:
 
 
 def _answered(number: int, turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns that a model has answered."""
-    return [turn for turn in turns if turn.answers[number].stop_reason != FAILED]
+    """Return the turns that a model is shown: those that it has answered, if only in part."""
+    found = [(turn, turn.answers[number]) for turn in turns]
+    return [turn for turn, answer in found if not answer.unwritten and answer.stop_reason != FAILED]
 
 
 class _SavedChat(BaseConfig):

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from rlhf_core.cli.chat_answers import answer
 from rlhf_core.cli.chat_commands import run_command
 from rlhf_core.cli.chat_session import ChatSession, Turn, save_chat
+from rlhf_core.cli.chat_stops import ChatStops, Terminated
 from rlhf_core.cli.printing import print_note, print_wrapped
 from rlhf_core.infra.errors import Interrupted, RLHFError, Stopped
 
 _PROMPT, _MORE, _BLOCK = "> ", "… ", '"""'
-
-
-class _Terminated(KeyboardInterrupt):
-    """Raised by SIGTERM."""
 
 
 def run(session: ChatSession, path: Path | None, *, resumed: bool) -> None:
@@ -37,11 +32,13 @@ def run(session: ChatSession, path: Path | None, *, resumed: bool) -> None:
     if terminal:
         _greet(session, path, resumed=resumed)
     try:
-        with _sigterm():
+        with ChatStops(terminal=terminal) as stops:
             for line in _messages(session, terminal):
-                if not _respond(session, line, path, terminal=terminal):
+                with stops.answering():
+                    goes_on = _respond(session, line, path, stops)
+                if not goes_on:
                     break
-    except _Terminated:
+    except Terminated:
         where = None if path is None else str(path)
         raise Stopped("stopped by SIGTERM" + ("" if path is None else "; the chat is saved"), place=where) from None
     except KeyboardInterrupt as error:
@@ -52,8 +49,9 @@ def run(session: ChatSession, path: Path | None, *, resumed: bool) -> None:
         print_note(f"the chat is in {path}; `--resume` continues it")
 
 
-def _respond(session: ChatSession, line: str, path: Path | None, *, terminal: bool) -> bool:
+def _respond(session: ChatSession, line: str, path: Path | None, stops: ChatStops) -> bool:
     """Run a command or answer a message; return whether the chat goes on."""
+    terminal = stops.terminal
     try:
         turn: Turn | None = Turn(line.removeprefix("/") if line.startswith("//") else line)
         if line.startswith("/") and not line.startswith("//"):
@@ -64,7 +62,7 @@ def _respond(session: ChatSession, line: str, path: Path | None, *, terminal: bo
                 return False
             turn = result.again
         if turn is not None:
-            answer(session, turn, terminal=terminal)
+            answer(session, turn, stops)
     except RLHFError as error:
         if not terminal:
             raise
@@ -130,17 +128,3 @@ def _greet(session: ChatSession, path: Path | None, *, resumed: bool) -> None:
             print_wrapped(one.text)
     print_note("/help lists the commands" + ("" if path is not None else "; this chat isn't kept"))
     print()
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[None]:
-    """Raise `_Terminated` inside the context where SIGTERM comes."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

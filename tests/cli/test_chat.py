@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core.cli.chat_session import ChatSession
+from rlhf_core.cli.chat_session import ChatSession, save_chat
+from rlhf_core.cli.chat_stops import ChatStops, Terminated
 from rlhf_core.cli.printing import WrappedWriter
 from rlhf_core.cli.two_columns import TwoColumns
 from rlhf_core.contracts.completion import Completion
@@ -328,8 +329,82 @@ def test_a_stopped_chat_goes_on(talk: Talk, model: str, tmp_path: Path, monkeypa
         talk(["one"], model, "--history", str(path))
     ((turn,),) = chat_of(path)["conversations"]
     assert turn["answers"][0]["text"] == ""
-    code, _, err = talk(["two"], model, "--history", str(path), "--resume")
-    assert (code, err) == (0, "") and users(path) == [["one", "two"]]
+    rows = tmp_path / "rows.jsonl"
+    code, _, err = talk([f"/save {rows}", "two", f"/save {rows}"], model, "--history", str(path), "--resume")
+    assert code == 0 and users(path) == [["one", "two"]]
+    # What was stopped before its first word is neither shown to the model again nor trained on.
+    assert "/save: there is no answer to save yet" in err and len(err.splitlines()) == 1
+    (row,) = map(json.loads, rows.read_text().splitlines())
+    assert [turn["content"] for turn in row["messages"] if turn["role"] == "user"] == ["two"]
+
+
+def test_a_retry_that_is_stopped_before_it_wrote_anything_loses_no_answer(
+    talk: Talk, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chat.json"
+    talk(["one"], model, "--history", str(path))
+    ((before,),) = chat_of(path)["conversations"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatSession, "stream", growing(interrupt=True))
+        code, out, _ = talk(["/retry"], model, "--history", str(path), "--resume")
+    ((turn,),) = chat_of(path)["conversations"]
+    assert code == 0 and "stopped\nthe earlier answer is kept" in out and turn["answers"] == before["answers"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatSession, "stream", growing("Once", interrupt=True))
+        talk(["/retry"], model, "--history", str(path), "--resume")
+    ((turn,),) = chat_of(path)["conversations"]
+    assert turn["answers"] == [{"text": "Once", "stop_reason": "stopped", "tokens": 1}]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_an_impatient_second_ctrl_c_loses_no_answer(
+    talk: Talk, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: bool
+) -> None:
+    """One comes while a word is printed, the other while the chat is saved."""
+    path = tmp_path / "chat.json"
+
+    def pressed(own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return own(*given)
+
+        return call
+
+    if wide:
+        monkeypatch.setattr("rlhf_core.cli.chat_answers.text_width", lambda: 120)
+        monkeypatch.setattr("rlhf_core.cli.chat_answers._moves_cursor", lambda: True)
+    writer = TwoColumns if wide else WrappedWriter
+    monkeypatch.setattr(writer, "show", pressed(writer.show))
+    monkeypatch.setattr("rlhf_core.cli.chat_terminal.save_chat", pressed(save_chat))
+    monkeypatch.setattr(ChatSession, "stream", growing("Once", "Once upon"))
+    code, out, _ = talk(["one", "/show"], model, "--beside", model, "--history", str(path))
+    ((turn,),) = chat_of(path)["conversations"]
+    assert code == 0 and "messages  1" in out
+    assert turn["answers"][0]["text"].startswith("Once") and turn["answers"][0]["stop_reason"] == "stopped"
+
+
+def test_signals_wait_where_nothing_is_drawn() -> None:
+    def send(number: signal.Signals) -> None:
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with ChatStops(terminal=True) as stops:
+        with stops.answering():
+            send(signal.SIGINT)  # too late to stop anything
+        with pytest.raises(KeyboardInterrupt), stops.answering():
+            send(signal.SIGINT)
+            with stops.drawing():
+                raise AssertionError("drew")
+        with pytest.raises(Terminated), stops.answering():
+            send(signal.SIGTERM)
+            send(signal.SIGINT)
+        with pytest.raises(Terminated), stops.answering(), stops.drawing():
+            send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)  # at the prompt
+    with pytest.raises(KeyboardInterrupt), ChatStops(terminal=False) as stops, stops.answering():
+        send(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_text_grows_by_whole_words_to_the_width_of_the_terminal(
