@@ -23,14 +23,17 @@ else:
 
 
 class _OneMessage(ModelMetaclass):
-    """Makes what is wrong with `DPOConfig(lr=1e-4)` one `ConfigError`, as with a file or a flag."""
+    """Makes what is wrong with `DPOConfig(lr=1e-4)` one `ConfigError`, as with a file or a flag; others are its notes."""
 
     # Not in `__init__`, which pydantic would call for groups as well, whose mistakes belong to those of the whole.
     def __call__(cls, *args: Any, **values: Any) -> Any:
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:
-            raise config_error(cast("type[BaseModel]", cls), error, cls.__name__) from None
+            found = config_error(cast("type[BaseModel]", cls), error, cls.__name__)
+            for other in found.also:
+                found.add_note(str(other))  # Python prints notes below the error
+            raise found from None
 
 
 class BaseConfig(BaseModel, metaclass=_OneMessage):

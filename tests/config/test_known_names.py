@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_from_python() -> None:
         DPOConfig(output_dir="x")  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="give it to the trainer, beside its configuration"):
         DPOConfig(model="x")  # type: ignore[call-arg]
+
+
+def test_from_python_every_mistake_is_said() -> None:
+    """Below the first one, where Python prints an error's notes."""
+    with pytest.raises(ConfigError) as caught:
+        DPOConfig(lr=1e-4, num_train_epochs=2, batch_size=0)  # type: ignore[call-arg]
+    shown = "".join(traceback.format_exception_only(caught.value)).splitlines()
+    assert shown == [
+        "rlhf_core.infra.errors.ConfigError: DPOConfig: `batch_size`: must be greater than or equal to 1; got 0",
+        "DPOConfig: unknown option `lr`; fix: write `learning_rate`",
+        "DPOConfig: unknown option `num_train_epochs`; fix: write `epochs`",
+    ]
 
 
 def test_what_a_name_is_said_to_be_here_exists() -> None:

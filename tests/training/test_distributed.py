@@ -347,7 +347,7 @@ def test_a_process_that_is_killed_is_named_by_one_of_the_others(tmp_path: Path) 
     # The third process ends, too, once it has lost the second: before or after the first one looks.
     found = re.fullmatch(
         r"error\[lost\] process 0: process(?:es)? 1(?:, 2)? of 3 ended in the middle of the run; fix: start all processes again"
-        r" with `--resume`, from the checkpoint of step 2",
+        r" with `resume=True`, from the checkpoint of step 2",
         lines[0][1],
     )
     assert found, lines[0][1]

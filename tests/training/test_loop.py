@@ -456,7 +456,7 @@ def test_sigterm_before_the_first_step_stops_there(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().build(loader)
 
-    for output, fix in ((tmp_path / "run", "begin again with `--resume`"), (None, "begin again")):
+    for output, fix in ((tmp_path / "run", "begin again with `resume=True`"), (None, "begin again")):
         trainer = toy(output, kind=Early)
         with pytest.raises(Stopped, match="stopped before the first step; nothing is saved") as caught:
             trainer.train()

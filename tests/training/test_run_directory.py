@@ -93,7 +93,7 @@ def test_an_earlier_run_is_neither_continued_nor_replaced_unasked(tmp_path: Path
     toy(tmp_path).train()
     error = refused(tmp_path)
     assert isinstance(error, StorageError) and error.exit_code == 7
-    assert "holds an earlier run" in str(error) and "--resume" in str(error) and "--overwrite" in str(error)
+    assert "holds an earlier run; fix: `resume=True` continues it, `overwrite=True` replaces it" in str(error)
     assert read_json(tmp_path / "run.json")["status"] == "done"
 
 

@@ -83,7 +83,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     trainer = toy(tmp_path, kind=asked(in_step_three, times=2), checkpoint={"every": 2})
     with pytest.raises(KeyboardInterrupt) as caught:
         trainer.train()
-    assert caught.value.__notes__ == ["after step 2: `--resume` continues from the checkpoint of step 2"]
+    assert caught.value.__notes__ == ["after step 2: `resume=True` continues from the checkpoint of step 2"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
     assert read_json(tmp_path / "status.json")["exit_code"] == 130
     assert toy(tmp_path, kind=asked(in_step_three, times=0), checkpoint={"every": 2}).train(resume=True).step == 6
