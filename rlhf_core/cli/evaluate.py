@@ -10,6 +10,7 @@ import typer
 
 from rlhf_core.cli import METHOD_OPTIONS
 from rlhf_core.cli.evaluate_tasks import evaluate_tasks, load_task_run, names_tasks
+from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_note, print_table, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
@@ -69,6 +70,7 @@ def evaluate(
     """
     file, flags = _file_and_flags(context.args)
     no_bars_in_logs()
+    refuse_file_of_another(file, "evaluate", checked=dry_run)
     if names_tasks(file, flags):
         for given, option in ((compare is not None, "--compare"), (resume, "--resume")):
             if given:

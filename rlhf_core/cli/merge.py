@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
+from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.cli.weight_diff import show_difference
@@ -94,6 +95,7 @@ def merge(
 
         setup_logging()
         flags = list(context.args)
+        refuse_file_of_another(method_or_file, "merge", checked=dry_run)
         if (adapter := _adapter_at(method_or_file)) is not None:
             method_or_file, flags = "passthrough", ["--model", adapter, *flags]
         job = load_merge_job(method_or_file, flags=flags)

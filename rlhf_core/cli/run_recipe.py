@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_table, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 
@@ -49,6 +50,7 @@ def run(
     makes a capability worse, later stages go on with the policy from before, or the pipeline stops, as the recipe says.
     """
     no_bars_in_logs()
+    refuse_file_of_another(recipe, "run", checked=dry_run)
     changes = {key: value for key, value in {"output": output, "seed": seed}.items() if value is not None}
     if dry_run:
         return check(recipe, changes, as_json=as_json)

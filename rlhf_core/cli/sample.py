@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
+from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_heading, print_json_line, print_note, print_text, print_wrapped
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
@@ -83,6 +84,7 @@ def sample(
         from rlhf_core.registry.plugin_logs import setup_logging
 
         setup_logging()
+        refuse_file_of_another(target, "sample", checked=dry_run)
         job = load_sampling_job(target, flags=context.args)
     output = output_path(job.run.output, resume=resume, overwrite=overwrite)
     if dry_run:

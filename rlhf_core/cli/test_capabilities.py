@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_table, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 
@@ -39,6 +40,7 @@ def test_capabilities(
         from rlhf_core.registry.plugin_logs import setup_logging
 
         setup_logging()
+        refuse_file_of_another(suites, "test-capabilities")
         tester = CapabilityTester.load(suites)
         before = None if baseline is None else CapabilityResult.load(baseline)
     result = tester.run(model, seed)

@@ -6,7 +6,6 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -14,6 +13,7 @@ import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, run_recipe, shell_completion
 from rlhf_core.cli.data import print_mistakes
+from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted, StorageError
@@ -80,6 +80,7 @@ def train(
     no_bars_in_logs()
     if dry_run and not (resume and overwrite):
         _refuse_flag(target)
+        refuse_file_of_another(target, "train", checked=True)
         return _describe(target, flags, resume=resume, overwrite=overwrite)
     with quick_imports():
         job = _job(target, flags)
@@ -151,6 +152,7 @@ def validate(context: typer.Context, target: Target) -> None:
             raise ConfigError("a recipe is checked without flags", place="command line", got=f"`{context.args[0]}`")
         return run_recipe.check(target)
     _refuse_flag(target)
+    refuse_file_of_another(target, "train", checked=True)
     job, found = _forecast(target, context.args)
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
     for line in [*found.lines(), _output_line(job)]:
@@ -166,24 +168,13 @@ def _is_recipe(target: str) -> bool:
     return names_file(target) and "stages" in load_yaml(target)[0]
 
 
-def _is_merge(target: str) -> bool:
-    """Tell whether a configuration file is one of a merge, in our format or mergekit's."""
-    from rlhf_core import registry
-    from rlhf_core.registry.method_or_file import names_file, read_method_or_file
-
-    if not names_file(target):
-        return False
-    values, _, _ = read_method_or_file(target)
-    name = values.get("method")
-    return "merge_method" in values or (name not in registry.trainers and name in registry.mergers)
-
-
 def _job(target: str, flags: list[str]) -> TrainingJob:
     """Return the run that a method or file and flags configure."""
     from rlhf_core.training.job import load_job
 
     _refuse_flag(target)
-    return _checked(lambda: load_job(target, flags=flags), target)
+    refuse_file_of_another(target, "train")
+    return load_job(target, flags=flags)
 
 
 def _refuse_flag(target: str) -> None:
@@ -195,18 +186,6 @@ def _refuse_flag(target: str) -> None:
             got=f"`{target}`",
             fix="`rlhf train METHOD --option value`",
         )
-
-
-def _checked(check: Callable[[], Checked], target: str) -> Checked:
-    """Return what a check of a method or file returns; a file that configures a merge is refused as one."""
-    try:
-        return check()
-    except ConfigError:
-        if _is_merge(target):
-            raise ConfigError(
-                "configures a merge, not a training run", place=target, fix=f"`rlhf merge {target} --dry-run`"
-            ) from None
-        raise
 
 
 def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -> None:
@@ -255,7 +234,7 @@ def _forecast(target: str, flags: list[str]) -> tuple[TrainingJob, RunForecast]:
         from rlhf_core.training.job import check_job
         from rlhf_core.training.run_forecast import forecast
 
-        checked = _checked(lambda: check_job(target, flags=flags), target)
+        checked = check_job(target, flags=flags)
     found = forecast(checked)
     if found.mistakes:
         print_mistakes(found.mistakes, _SHOWN, to_stderr=True)
