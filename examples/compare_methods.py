@@ -1,6 +1,6 @@
 """Train a tiny language model from nothing and watch it improve: SFT on noisy demonstrations, then DPO and GRPO on its answers.
 
-    python examples/compare_methods.py [--output runs/demo] [--seed 0] [--methods dpo grpo]
+    python examples/compare_methods.py [--output runs/compare-methods] [--seed 0] [--methods dpo grpo]
 
 The task is arithmetic in written steps (`rlhf_core.testing.arithmetic_task`). More than half of the demonstrations go wrong at
 some step, so a model that imitates them well is as often wrong when it is sampled from. What follows learns from the model's own
@@ -333,7 +333,9 @@ def _plain(cell: str | float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/compare-methods"), help="folder to write (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, rows and problems (default: 1)")
     parser.add_argument(

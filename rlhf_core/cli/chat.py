@@ -97,6 +97,9 @@ def chat(
     leaves, as Ctrl-D does. The chat is saved after each answer. Without a
     terminal, every line of standard input is a message.
     """
+    if context.args and not context.args[0].startswith("-"):
+        fix = f"`echo TEXT | rlhf chat {model}`; or `rlhf chat {model}`, and write it there"
+        raise ConfigError("a message isn't an argument", place="command line", got=f"`{context.args[0]}`", fix=fix)
     given = _sampling_flags(context.args)
     _check(precision, template=template, no_template=no_template, history=history, no_history=no_history, system=system)
     names = [model, *([beside] if beside is not None else [])]

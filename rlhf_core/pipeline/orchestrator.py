@@ -260,18 +260,27 @@ class RLHFOrchestrator:
 
     # Models
 
-    def save_models(self, directory: str | Path) -> dict[str, Path]:
+    def save_models(self, directory: str | Path, *, overwrite: bool = False) -> dict[str, Path]:
         """Copy the last good policy, every reward model and every compressor into a directory, and return name → path.
 
         The policy is `policy`, any other model has its stage's name; `models.json` says what each is.
 
+        Args:
+            overwrite: replace what an earlier call has saved there.
+
         Raises:
-            StorageError: the directory isn't empty, can't be written, or the pipeline has no record yet.
+            StorageError: the directory holds anything else, can't be written, or the pipeline has no record yet.
             ModelError: the policy is still a hub name: no stage has made one.
         """
         target = Path(directory).expanduser()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise StorageError("isn't an empty directory", place=str(target), fix="choose an empty or a new directory")
+            saved = (target / _MODELS).is_file()
+            if not saved:
+                fix = "choose an empty or a new directory"
+                raise StorageError("isn't an empty directory", place=str(target), fix=fix)
+            if not overwrite:
+                fix = "`overwrite=True` replaces them; or choose another directory"
+                raise StorageError("holds models that were saved before", place=str(target), fix=fix)
         sources = {name: (kind, Path(path).expanduser()) for name, (kind, path) in self._models().items()}
         work = temporary_path(target)
         remove_tree(work)
@@ -286,8 +295,7 @@ class RLHFOrchestrator:
             replace_json(
                 work / _MODELS, {name: {"kind": kind, "made_by": str(path)} for name, (kind, path) in sources.items()}
             )
-            if target.exists():
-                target.rmdir()
+            remove_tree(target)
             work.rename(target)
             fsync_directory(target.parent)
         return {name: target / name for name in sources}

@@ -74,6 +74,10 @@ def test_the_example_is_a_valid_configuration(tmp_path: Path, monkeypatch, insta
     install(name, {}, trainers={name: f"{module}.trainer:{stem}Trainer"})
     monkeypatch.syspath_prepend(str(root / "src"))
     job = load_job(root / "example.yaml")
+    # What it names is what `python -m rlhf_core.testing demo` writes.
+    record = "prompt" if online else "preference"
+    assert job.run.model == "demo/model" and job.method.record == record
+    assert (job.run.data, job.run.eval_data) == (f"demo/train/{record}.jsonl", f"demo/test/{record}.jsonl")
     assert job.method.__name__ == f"{stem}Trainer" and job.options.learning_rate > 0
 
 

@@ -287,6 +287,7 @@ def test_a_model_without_a_template_needs_one_or_none(talk: Talk, plain: str, mo
         (["MODEL", "--template", "x", "--no-template"], 2, "choose one"),
         (["MODEL", "--template", "gone.jinja"], 2, "--template: no such file"),
         (["MODEL", "--history", "x", "--no-history"], 2, "kept or it isn't"),
+        (["MODEL", "2 + 3?"], 2, "a message isn't an argument; got `2 + 3?`; fix: `echo TEXT | rlhf chat MODEL`"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(

@@ -354,3 +354,25 @@ def test_stage_by_stage_from_python(pipeline: Any, recorded: Any, folder: Path) 
         again.run_sft(rows, epochs=1.0)
         again.run_reward_model_training("preference.jsonl", name="judge")
     assert told(again).count("finished before") == 2 and len(recorded()["stages"]) == 4
+
+
+def test_models_that_were_saved_before_are_replaced_if_asked_for(pipeline: Any, folder: Path) -> None:
+    made = folder / "out/stages/01-sft/model"
+    made.mkdir(parents=True)
+    (folder / "out/pipeline.json").write_text(
+        json.dumps({"policy": "stages/01-sft/model", "model": "model", "stages": []})
+    )
+    (made / "weights").write_text("old")
+    one = pipeline()
+    saved = one.save_models("models")["policy"]
+    (made / "weights").write_text("new")
+    with pytest.raises(StorageError, match=r"saved before.*overwrite=True"):
+        one.save_models("models")
+    assert (saved / "weights").read_text() == "old"
+    one.save_models("models", overwrite=True)
+    assert (saved / "weights").read_text() == "new" and {*folder.glob("models*")} == {folder / "models"}
+    # Anything else isn't replaced.
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match="isn't an empty directory"):
+        one.save_models("mine", overwrite=True)
