@@ -88,6 +88,9 @@ def stoppable(file: RowOutput | None, *, of: str = "rows") -> Iterator[None]:
             if file is None:
                 raise Interrupted(f"stopped by {by}") from error
             file.note(status="stopped")
+            if not file.written:
+                problem, fix = f"stopped by {by} before anything was written", "the same command begins again"
+                raise Stopped(problem, place=str(file.path), fix=fix) from error
             instead = " (in place of `--overwrite`)" if "--overwrite" in sys.argv else ""
             raise Stopped(
                 f"stopped by {by} after {file.written:,} {of}, which are written",

@@ -92,6 +92,8 @@ class RowOutputKind:
 class RowOutput:
     """An open file of rows, locked by one process at a time; a context manager that closes it.
 
+    A file that wasn't there before is removed where nothing is written into it.
+
     Args:
         path: the file.
         record: what determines the rows, as JSON values.
@@ -109,12 +111,16 @@ class RowOutput:
         self.path, self.kind, self.record = path, kind, dict(record)
         self.written = 0
         """How many whole rows it holds that stay."""
-        self._kept, self._cleared = 0, False
+        self._kept, self._cleared, self._made = 0, False, False
         kind.check_output(path, resume=resume, overwrite=overwrite)
+        new = not path.exists()
         with storage_errors(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            lock_file(self._descriptor, path, "writing this file")
+            locked = lock_file(self._descriptor, path, "writing this file")
+            if locked and not os.fstat(self._descriptor).st_nlink:  # whoever had the lock has just removed it
+                raise StorageError("another process was writing this file", place=str(path), fix="try again")
+            self._made = new and locked
             if os.fstat(self._descriptor).st_size > 0 and not overwrite:
                 kind.check_record(path, self.record)
                 for line in self._lines():
@@ -203,4 +209,6 @@ class RowOutput:
 
     def close(self) -> None:
         """Close the file, which unlocks it."""
+        if self._made and not self._cleared:
+            self.path.unlink(missing_ok=True)
         os.close(self._descriptor)

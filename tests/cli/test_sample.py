@@ -136,14 +136,22 @@ def test_ctrl_c_keeps_the_rows_that_were_written(
     calls, own = itertools.count(), GenerateSampler.sample
 
     def pressed(self: GenerateSampler, *given: Any, **options: Any) -> Any:
-        if next(calls) == 2:  # of the second batch
+        if next(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
         return own(self, *given, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(GenerateSampler, "sample", pressed)
-        code, _, err = rlhf(*arguments(model, prompts, output, "--batch-size", "2"))
+    def stopped() -> tuple[int, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(GenerateSampler, "sample", pressed)
+            code, _, err = rlhf(*arguments(model, prompts, output, "--batch-size", "2"))
+        return code, err
+
+    at = 0
+    code, err = stopped()
+    assert code == 75 and "stopped by Ctrl-C before anything was written" in err and not output.exists()
+    calls, at = itertools.count(), 2  # of the second batch
+    code, err = stopped()
     assert code == 75 and "stopped by Ctrl-C after 2 of 5 rows" in err and "--resume" in err
     assert output.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:2])
     assert json.loads((tmp_path / "out.run.json").read_text())["status"] == "stopped"
@@ -321,7 +329,7 @@ def test_rows_are_named_before_anything_is_drawn(rlhf: Rlhf, model: str, tmp_pat
         data.write_text(json.dumps({"prompt": "1+1=?"}) + "\n" + json.dumps(bad) + "\n")
         code, _, err = rlhf(*arguments(model, str(data), output))
         assert code == 3 and f"{data}:2" in err and message in err
-        assert not output.exists() or not output.read_bytes()
+        assert not output.exists()
 
 
 def test_what_a_sampler_returns_is_checked(
@@ -340,7 +348,7 @@ def test_what_a_sampler_returns_is_checked(
             patch.setattr(GenerateSampler, "sample", lambda *a, change=change, **k: change(own(*a, **k)))
             code, _, err = rlhf(*arguments(model, "1+1=? ", output, "--n", "2", "--overwrite"))
         assert code == 5 and message in err
-    assert not output.read_bytes()
+    assert not output.exists()
 
 
 def test_texts_columns_and_conversations_are_prompts(rlhf: Rlhf, model: str, tmp_path: Path) -> None:
