@@ -32,15 +32,44 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
 
     Args:
         prompts: texts, lists of chat messages, or rows: mappings with a `prompt`, the `tools` of its chat, and other columns,
-            which become the batch's `records`. `EncodedPrompts` of the policy's tokenizer are taken as they are.
+            which become the batch's `records`. `EncodedPrompts` of the policy's tokenizer are taken as they are, and so are
+            token ids, where each prompt is a list of them: as text they count as what the tokenizer decodes them to.
 
     Raises:
-        DataError: a prompt (named `prompts[3]`) can't be read, is empty, or leaves no room for a completion among the model's
-            positions.
+        DataError: a prompt (named `prompts[3]`) can't be read, is empty, holds an id that isn't in the vocabulary, or leaves no
+            room for a completion among the model's positions.
     """
     if isinstance(prompts, EncodedPrompts) and prompts.tokenizer is policy.tokenizer:
         return prompts.batch.to(policy.device)
+    given = [_token_ids(prompt) for prompt in prompts]
+    ids = [one for one in given if one is not None]
+    if ids and len(ids) == len(given):
+        return _batch_of_ids(policy, ids)
     return encode_prompts(policy, _as_rows(prompts))
+
+
+def _token_ids(prompt: Any) -> list[int] | None:
+    """Return a prompt that is token ids, such as a list of ints or a tensor (L,), as a list; None for any other prompt."""
+    found = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(found, list | tuple) and found and all(type(one) is int for one in found):
+        return [*found]
+    return None
+
+
+def _batch_of_ids(policy: PolicyModel, prompts: Sequence[list[int]]) -> Batch:
+    """Return prompts that are token ids as a batch without responses.
+
+    Raises:
+        DataError: an id isn't in the vocabulary, or a prompt leaves no room for a completion.
+    """
+    places = [f"prompts[{number}]" for number in range(len(prompts))]
+    size = policy.network.config.get_text_config().vocab_size
+    for ids, place in zip(prompts, places, strict=True):
+        if (wrong := next((one for one in ids if not 0 <= one < size), None)) is not None:
+            raise DataError(f"the model's vocabulary has ids 0 to {size - 1}", place=place, got=wrong)
+    rows = [EncodedRow(number, ids, prompt=policy.tokenizer.decode(ids)) for number, ids in enumerate(prompts)]
+    _check_room(policy, rows, places)
+    return collate(rows).to(policy.device)
 
 
 def encode_prompts(policy: PolicyModel, prompts: Sequence[Row], *, compressed: bool = True) -> Batch:

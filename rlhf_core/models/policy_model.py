@@ -228,7 +228,8 @@ class PolicyModel(SequenceModel):
         """Return n completions for each prompt, in the order in which they were drawn.
 
         Args:
-            prompts: texts, or lists of chat messages, encoded as in training; or rows with a `prompt` and its `tools`.
+            prompts: texts, or lists of chat messages, encoded as in training; rows with a `prompt` and its `tools`; or lists of
+                token ids.
             n: completions per prompt.
             max_new_tokens: most tokens in a completion, its end token included; fewer where the model has no more positions.
             temperature: divisor of the logits; 0 takes the most likely token.

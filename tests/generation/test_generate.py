@@ -8,6 +8,7 @@ from batches import uneven_policy
 from tokenizers.decoders import Metaspace
 
 from rlhf_core.contracts.batch import Batch
+from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
@@ -126,3 +127,16 @@ def test_progress_counts_what_has_ended(policy: PolicyModel) -> None:
     )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert watched == policy.generate(["a", "b"], n=2, max_new_tokens=8, seed=1)
+
+
+def test_prompts_may_be_token_ids(policy: PolicyModel) -> None:
+    texts = ["ab", "a longer one"]
+    ids = [policy.tokenizer(text)["input_ids"] for text in texts]
+    expected = policy.generate(texts, 2, max_new_tokens=5, seed=3)
+    for given in (ids, [tuple(one) for one in ids], [torch.tensor(one) for one in ids]):
+        assert policy.generate(given, 2, max_new_tokens=5, seed=3) == expected
+    assert prompt_batch(policy, ids).prompts == tuple(map(policy.tokenizer.decode, ids))
+    with pytest.raises(DataError, match=r"prompts\[1\]: the model's vocabulary has ids 0 to \d+; got 99999"):
+        policy.generate([[5], [6, 99999]])
+    with pytest.raises(DataError, match=r"prompts\[0\]: the prompt leaves no room"):
+        policy.generate([[5] * (policy.max_positions or 0)])
