@@ -192,6 +192,15 @@ def test_a_model_whose_loop_counts_positions_otherwise_is_said(caplog: pytest.Lo
     assert line.startswith("in memory: generation logits differ")
 
 
+def test_the_plain_path_and_its_reason_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    policy = PolicyModel(make_tiny("bloom"), tiny_tokenizer())
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            policy.generate(["a"], max_new_tokens=2, seed=0)
+    (line,) = [line for line in caplog.messages if "transformers' own loop" in line]
+    assert line.startswith("in memory generates through transformers' own loop, which is slower: ")
+
+
 def test_training_mode_checkpointing_adapters_and_compilation() -> None:
     lora = LoraConfig(rank=4)
     torch.manual_seed(0)  # the adapter's first half

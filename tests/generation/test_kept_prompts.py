@@ -15,11 +15,14 @@ from peft import LoraConfig, get_peft_model
 from rlhf_plugins.samplers.generate import GenerateSampler
 
 from rlhf_core.config.online import SamplingConfig
+from rlhf_core.data.prompt_rows import read_prompts
 from rlhf_core.generation import kept_backend, native_backend
 from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import prompt_batch
+from rlhf_core.generation.kept_backend import forget_kept
 from rlhf_core.generation.native import NativeDecoding, measure_native
 from rlhf_core.generation.native_backend import NativeBackend
+from rlhf_core.generation.sampled_rows import sample_rows
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -67,6 +70,25 @@ def test_what_prompts_have_in_common_is_read_once_for_several_calls(forwarded: l
     sampler = GenerateSampler(GenerateSampler.Config(max_new_tokens=3, min_new_tokens=3), policy=policy)
     assert [list(one.ids) for (one,) in sampler.sample(QUESTIONS[:1], seed=1)] == fresh[:1]
     assert forwarded == [1, 1, 1]  # nothing but decoding
+
+
+def test_batches_of_a_file_read_what_their_prompts_have_in_common_once(forwarded: list[int]) -> None:
+    """As `rlhf sample` goes through the rows of a file, with an engine for each batch."""
+    policy = made()
+    sampler = GenerateSampler(GenerateSampler.Config(max_new_tokens=3, min_new_tokens=3), policy=policy)
+    rows = list(read_prompts(QUESTIONS, columns={}, name="--prompts"))
+    lengths = prompt_batch(policy, QUESTIONS).prompt_lengths.tolist()
+
+    def ids(together: int) -> list[list[int]]:
+        found = sample_rows(sampler, rows, n=2, seed=0, together=together)
+        return [list(one.ids) for _, completions in found for one in completions]
+
+    all_at_once = ids(3)
+    forget_kept(policy)
+    forwarded.clear()
+    assert ids(1) == all_at_once
+    common = len(policy.tokenizer(SYSTEM)["input_ids"])
+    assert sum(forwarded) <= sum(lengths) - 2 * (common - 2) + 2 * 3 * 3
 
 
 def test_nothing_is_kept_when_weights_or_adapters_change(forwarded: list[int]) -> None:

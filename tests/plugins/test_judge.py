@@ -14,6 +14,7 @@ import pytest
 from rlhf_plugins.rewards.judge import JudgeConfig, JudgeReward
 
 from rlhf_core.contracts.reward import Sample
+from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.chat_api import ChatAPI
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError
 from rlhf_core.rewards import open_rewards
@@ -322,6 +323,19 @@ def test_a_local_model_judges(local: Path) -> None:
     strict = open_rewards([{"name": "judge", "options": {"model": str(local), "max_tokens": 2}}])
     with pytest.raises(DataError, match="reward `judge`, row 5: the judgement has no score"):
         strict.score(SAMPLES[:1], rows=[5])
+
+
+def test_a_local_judge_reads_its_rubric_once_for_all_calls(local: Path) -> None:
+    rubric = "Rate the answer from 1 to 10, and be strict about what is wrong in it. "
+    options = {"model": str(local), "prompt": rubric + "{{ completion }}", "max_tokens": 2, "unreadable_score": 0.0}
+    rewards = open_rewards([{"name": "judge", "options": options}])
+    counts: list[list[int]] = []
+    for sample in SAMPLES[:2]:
+        counts.append([])
+        with counting_forwarded(counts[-1].append):
+            rewards.score([sample])
+    # One byte is a token of the tiny model.
+    assert sum(counts[0]) > len(rubric) > 4 * sum(counts[1])
 
 
 class TestJudge(RewardContract):
