@@ -72,6 +72,8 @@ class Part:
 
     run: Callable[[Settings, Save], Result]
     seconds: float
+    measures: bool = True
+    """Whether it takes figures of a GPU, and so is skipped where there is none, unless the CPU is asked for."""
 
 
 def environment(settings: Settings, save: Save) -> Result:
@@ -255,7 +257,7 @@ def draw(name: str, shape: str) -> Callable[[Settings, Save], Result]:
 
 def parts(size: str) -> dict[str, Part]:
     """Return the parts, those of most worth first. A new kind of part is a function and a line here."""
-    table = {"environment": Part(environment, 60)}
+    table = {"environment": Part(environment, 60, measures=False)}
     if size == "tiny":
         table |= {
             f"{method}/tiny/{side}": Part(train(method, "tiny", side), 120)
@@ -263,7 +265,7 @@ def parts(size: str) -> dict[str, Part]:
             for side in ("ours", "peer")
         }
         table |= {f"generation/tiny/{name}": Part(draw(name, "tiny"), 120) for name in CONTENDERS}
-        return table | {"tests": Part(tests, 120)}
+        return table | {"tests": Part(tests, 120, measures=False)}
     flash = importlib.util.find_spec("flash_attn") is not None
     for methods, shape, seconds in (
         (("sft", "dpo"), "135m", 75),
@@ -273,7 +275,7 @@ def parts(size: str) -> dict[str, Part]:
         (("reward_model", "kto"), "1b", 90),
     ):
         if shape == "tests":
-            table["tests"] = Part(tests, seconds)
+            table["tests"] = Part(tests, seconds, measures=False)
             table |= {f"generation/135m/{name}": Part(draw(name, "135m"), 60) for name in CONTENDERS}
         for method in methods:
             for side in ("ours", "peer"):
@@ -298,6 +300,8 @@ def run_part(name: str, part: Part, settings: Settings, path: Path) -> None:
 
     kept: Result = {}
     try:
+        if part.measures and settings.device == "auto" and not has_gpu():
+            raise Missing("there is no GPU")
         found = part.run(settings, lambda found: (kept.update(found), save(found))[1])
     except Unfinished as error:
         save(error.found, "failed", str(error))
@@ -310,6 +314,12 @@ def run_part(name: str, part: Part, settings: Settings, path: Path) -> None:
         save(found, "done")
     finally:
         signal.alarm(0)
+
+
+def has_gpu() -> bool:
+    from harness import on_gpu
+
+    return on_gpu()
 
 
 def write(path: Path, text: str) -> None:

@@ -109,8 +109,8 @@ def test_parts_without_time_left_are_named(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())["parts"]["tests"]["status"] == "not run"
 
 
-def run_one(bench: SimpleNamespace, run: Any, tmp_path: Path) -> dict[str, Any]:
-    settings = bench.gpu.Settings("cpu", 4, tmp_path, 60.0)
+def run_one(bench: SimpleNamespace, run: Any, tmp_path: Path, device: str = "cpu") -> dict[str, Any]:
+    settings = bench.gpu.Settings(device, 4, tmp_path, 60.0)
     bench.gpu.run_part("part", bench.gpu.Part(run, 60), settings, tmp_path / "part.json")
     found: dict[str, Any] = json.loads((tmp_path / "part.json").read_text())
     return found
@@ -133,6 +133,17 @@ def test_a_missing_package_is_no_failure(
     monkeypatch.setattr(bench.gpu.importlib.util, "find_spec", lambda name: None if name == "trl" else found(name))
     ended = run_one(bench, bench.gpu.train("sft", "tiny", "peer"), tmp_path)
     assert (ended["status"], ended["reason"]) == ("skipped", "trl isn't installed")
+
+
+def test_without_a_gpu_each_row_says_so(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.gpu, "has_gpu", lambda: False)
+    ended = run_one(bench, lambda settings, save: {"drew": 1}, tmp_path, device="auto")
+    assert (ended["status"], ended["reason"]) == ("skipped", "there is no GPU")
+    text = bench.report.report({"generation/135m/ours": ended})
+    assert "| 135m | even | ours | – (there is no GPU) | – | – |" in text
+    assert not any(part.measures for name, part in bench.gpu.parts("full").items() if name in ("environment", "tests"))
 
 
 def test_methods_are_found_without_an_installation(bench: SimpleNamespace, tmp_path: Path) -> None:
