@@ -10,6 +10,7 @@ from rlhf_core.cli import main
 from rlhf_core.infra.errors import DataError, RLHFError
 from rlhf_core.pipeline.pipeline_plan import PipelinePlan
 from rlhf_core.pipeline.recipe import RecipeError, read_recipe
+from rlhf_core.pipeline.stage_costs import stage_costs
 
 ROOT = Path(__file__).parents[2]
 
@@ -302,3 +303,24 @@ def test_tasks_of_lm_eval_are_checked_too(folder: Path) -> None:
 def test_recipes_of_the_examples_lack_nothing_but_their_data(folder: Path, recipe: Path) -> None:
     errors = PipelinePlan(read_recipe(recipe, {"model": "model"})).check()
     assert errors and all(isinstance(one, DataError) and "no such file" in str(one) for one in errors), errors
+
+
+def test_the_time_of_tiny_stages_is_that_of_their_processes(folder: Path) -> None:
+    suite = {"name": "sums", "prompts": "reasoning.jsonl", "validator": "numeric_answer", "limit": 8}
+    stages = [
+        {"method": "sft", "data": "sft.jsonl", "max_steps": 1, "batch_size": 1},
+        {"kind": "evaluate", "prompts": "reasoning.jsonl", "validator": "numeric_answer", "max_new_tokens": 4, "limit": 2},
+        {"kind": "improve", "prompts": "prompt.jsonl", "check": "numeric_answer", "rounds": 2,
+         "sampler": {"method": "generate", "n": 2, "max_new_tokens": 4, "limit": 2}},
+    ]  # fmt: skip
+
+    def seconds(**keys: object) -> list[float]:
+        recipe = {"model": "model", "output": "out", "stages": stages, **keys}
+        found = [one.seconds for one in stage_costs(PipelinePlan(read_recipe(recipe)))]
+        return [one for one in found if one is not None]
+
+    sft, evaluate, improve = seconds()
+    assert 4 <= sft < 5 and 4 <= evaluate < 5 and 24 <= improve < 26
+    # The tests of a stage that makes a policy are a process of their own.
+    tested = seconds(capabilities={"suites": [suite]})
+    assert tested == pytest.approx([sft + 4, evaluate, improve + 4], abs=1)
