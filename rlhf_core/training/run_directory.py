@@ -69,7 +69,7 @@ class RunDirectory:
         one first, and nothing but a run.
 
         Args:
-            asked: fields of `run.json` that say what was asked for, by which a run that fails at its start is told from others.
+            asked: fields of `run.json` that say what was asked for, by which one recognises a run that fails at its start.
 
         Raises:
             StorageError: it can't be written, isn't empty, isn't a run's directory, or another process has locked it.
