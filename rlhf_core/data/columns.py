@@ -35,6 +35,16 @@ HISTORY = ("history", "chat_history", "conversation_history")
 CONVERSATIONS = frozenset(OTHER_NAMES["messages"])
 """Names of columns that hold a whole conversation."""
 
+IDENTIFIERS = frozenset(("id", "_id", "uid", "uuid", "guid", "idx", "index", "key", "hash", "sha", "sha256", "md5"))
+"""Names of columns that tell rows apart, and mean nothing else."""
+
+
+def is_identifier(name: str) -> bool:
+    """Return whether a column's name is that of an identifier of its row."""
+    folded = folded_name(name.strip())
+    return folded in IDENTIFIERS or folded.endswith(("_id", "_hash", "_index"))
+
+
 TURNS: tuple[Literal["sharegpt", "pairs", "messages"], ...] = ("sharegpt", "pairs", "messages")
 CHATS: tuple[Literal["sharegpt", "pairs", "messages", "texts"], ...] = (*TURNS, "texts")
 TEXT = ("text", "dialogue")

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _CHUNK = 256
 _FIRST = 20
 """Rows from whose columns the record type is recognised."""
+_FEW = 3
+"""Rows up to which a mistake of every row is told for each."""
 _KEPT = 1000
 """Mistakes that are kept; more are counted."""
 
@@ -131,6 +133,19 @@ class NotedMistakes:
         self.kinds += others.kinds
         self.kept += others.kept[: _KEPT - len(self.kept)]
 
+    def of_rows(self, rows: int) -> NotedMistakes:
+        """Return these mistakes of one file; where each of its rows has the same one, as a lacking column, that alone.
+
+        Args:
+            rows: how many rows of the file were read.
+        """
+        texts = {(error.problem, error.got, error.fix) for error in self.kept}
+        if rows <= _FEW or len(self) != rows or len(self.kinds) != 1 or len(texts) != 1:
+            return self
+        first = self.kept[0]
+        problem = f"{first.problem}, so in all {rows:,} rows that were read"
+        return NotedMistakes([type(first)(problem, place=first.place, got=first.got, fix=first.fix)])
+
     def shown(self, most: int) -> tuple[list[RLHFError], dict[str, int]]:
         """Return about `most` mistakes, some of each kind, in the order in which they were met; and kind → how many more."""
         if len(self) <= most:
@@ -190,6 +205,8 @@ class DataSurvey:
     """Whether all rows were read; False where `limit` ended that."""
     epoch_rows: float | None = None
     """Rows of an epoch that can be trained on, weights counted in; estimated where not all were read, None where it can't be."""
+    entry_rows: list[float | None] = field(default_factory=list)
+    """The same of each entry of the data alone."""
     duplicates: int = 0
     """Rows whose prompt and responses are those of an earlier row."""
     duplicate_places: list[tuple[str, str]] = field(default_factory=list)
@@ -293,11 +310,11 @@ def recognised_record(source: DataSource, options: DatasetConfig) -> str:
         raise _together(unread, source.name)
     if found:
         return found.most_common(1)[0][0]
-    columns = ", ".join(map(str, first.values)) if first is not None else "no columns"
+    columns = ", ".join(map(str, first.values)) if first is not None else ""
     raise DataError(
         "the columns fit no record type",
         place=source.name if first is None else first.place,
-        got=f"columns {columns}",
+        got=f"columns {columns}" if columns else "no columns",
         fix="give `--method`, for what its rows need, or name the columns: `--dataset.columns.prompt COLUMN`",
     )
 
@@ -336,17 +353,17 @@ class _Surveyor:
     def survey(self, limit: int | None, *, recognised: bool) -> DataSurvey:
         """Read the rows of every file or table, at most `limit` of each."""
         found = self.found
-        found.recognised, found.epoch_rows = recognised, 0.0
+        found.recognised = recognised
         for part in self.source.parts:
+            rows: float | None = 0.0
             for one in part.sources:
                 kept = self.report.kept
                 times = self._read(one, part.entry, limit)
-                if part.rows is None and (times is None or found.epoch_rows is None):
-                    found.epoch_rows = None
-                elif part.rows is None and times is not None and found.epoch_rows is not None:
-                    found.epoch_rows += part.weight * times * (self.report.kept - kept)
-            if part.rows is not None and found.epoch_rows is not None:
-                found.epoch_rows += part.rows
+                more = None if times is None else part.weight * times * (self.report.kept - kept)
+                rows = None if rows is None or more is None else rows + more
+            found.entry_rows.append(rows if part.rows is None else float(part.rows))
+        known = [rows for rows in found.entry_rows if rows is not None]
+        found.epoch_rows = sum(known) if len(known) == len(found.entry_rows) else None
         if found.whole and self.report.rows:
             try:
                 self.report.check()
@@ -357,7 +374,8 @@ class _Surveyor:
 
     def _read(self, one: RowSource, entry: RowEntry | None, limit: int | None) -> float | None:
         """Read the rows of one file or table; return how many times as many it has as were read, None where that isn't known."""
-        found, before = self.found, len(self.found.mistakes)
+        found, of_others = self.found, self.found.mistakes
+        found.mistakes = NotedMistakes()
         one.refused = self._refuse
         first, last = found.rows, None
         rows: Iterator[Row] = DataSource([SourcePart([one], entry=entry)]).rows()
@@ -377,11 +395,13 @@ class _Surveyor:
                     sound = []
         except RLHFError as error:
             # Of a file whose every row is refused that is said already.
-            if error.problem != "holds no rows" or len(found.mistakes) == before:
+            if error.problem != "holds no rows" or not found.mistakes:
                 found.mistakes.add(error)
         finally:
             one.refused = None
         self._encode(sound)
+        of_others.add_all(found.mistakes.of_rows(found.rows - first))
+        found.mistakes = of_others
         return times
 
     def _refuse(self, error: DataError) -> None:

@@ -44,6 +44,7 @@ class EncodedData(ABC):
         max_length: int = 1024,
         options: DatasetConfig | None = None,
         record: str | None = None,
+        told: bool = False,
     ) -> None:
         """Open `data` and check it.
 
@@ -53,6 +54,7 @@ class EncodedData(ABC):
             max_length: most tokens in a prompt with its longest response.
             options: how rows are read; the defaults where None.
             record: the record type, where the class reads several; the first of them where None.
+            told: whether what becomes of plain text was said of other rows of the same run.
 
         Raises:
             DataError: the data can't be read, or a row isn't what its record type needs.
@@ -78,7 +80,8 @@ class EncodedData(ABC):
         if self.mixed:
             shares = json.dumps(self.source.groups)
             self.fingerprint = hashlib.sha256(f"{self.fingerprint} {shares}".encode()).hexdigest()
-        self._warn_of_plain_text()
+        if not told:
+            self._warn_of_plain_text()
 
     @abstractmethod
     def _read(self) -> None:

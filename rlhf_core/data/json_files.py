@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from rlhf_core.data.columns import CONVERSATIONS, KNOWN
 from rlhf_core.data.messages import pair_keys, role_key
+from rlhf_core.data.one_json_object import OVER_LINES, object_instead_of_rows, object_over_lines
 from rlhf_core.data.row_source import Cursor, Row, TextFile
 from rlhf_core.infra.errors import DataError
 from rlhf_core.infra.files import DuplicateKey, unique_keys
@@ -36,7 +37,7 @@ class JsonLines(TextFile):
                     continue
                 values = self._parse(text, place, ended=ended, first=begin == 0)
             except DataError as error:
-                if begin == 0 and not _OBJECT.match(raw):
+                if begin == 0 and (not _OBJECT.match(raw) or error.problem == OVER_LINES):
                     raise  # the whole file is something else, and each of its lines would be a mistake
                 self.refuse(error)
                 continue
@@ -58,6 +59,8 @@ class JsonLines(TextFile):
     def _malformed(self, text: str, error: json.JSONDecodeError, place: str, *, ended: bool, first: bool) -> DataError:
         if first and text.lstrip().startswith("["):
             return self._array(place)
+        if first and text.lstrip().startswith("{") and (found := self._first_object()) is not None:
+            return object_over_lines(found, self.path)
         place = f"{place}:{error.colno}"
         if not ended and (not text.rstrip().endswith("}") or error.pos >= len(text.rstrip())):
             return DataError("the last line is incomplete", place=place, got=error.msg, fix="write the file again")
@@ -65,6 +68,16 @@ class JsonLines(TextFile):
         if first and "," in text and "{" not in text:
             hint = "name the file .csv if it is CSV, else write one JSON object per line"
         return DataError("not valid JSON", place=place, got=error.msg, fix=hint)
+
+    def _first_object(self) -> dict[str, Any] | None:
+        """Return the object that the file begins with, over whatever lines; None where there is none, or a very large one."""
+        with self.opened() as read:
+            head = read(1 << 20).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+        try:
+            values, _ = json.JSONDecoder().raw_decode(head, _after_space(head, 0))
+        except (ValueError, RecursionError):
+            return None
+        return values if isinstance(values, dict) else None
 
     def _array(self, place: str) -> DataError:
         return DataError(
@@ -82,20 +95,23 @@ class JsonArray(TextFile):
 
     begin: int | None = None
     """Characters before the array, where it is under a key; None where it is the whole file."""
+    wrong: DataError | None = None
+    """What the file is instead."""
 
     def holds_array(self) -> bool:
-        """Return whether the file begins with an array, or is one object around an array of rows, rather than JSON lines."""
+        """Return whether the file is read here, not as JSON lines: it begins with an array, or is an object that isn't a row."""
         with self.opened() as read:
             if read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 return True
         if self._has_lines():
             return False
         try:
-            found = _wrapped(self._text())
+            values, found = _wrapped(self._text())
         except (DataError, ValueError, RecursionError):  # Reading the rows raises a better error.
             return False
         if found is None:
-            return False
+            self.wrong = object_instead_of_rows(values, self.path)
+            return self.wrong is not None
         key, self.begin = found
         logger.info("%s: the rows are the list under the key `%s`", self.name, key)
         return True
@@ -114,6 +130,8 @@ class JsonArray(TextFile):
             return self.decode(b"".join(iter(lambda: read(1 << 20), b"")), self.name, 0)
 
     def rows(self, start: Cursor) -> Iterator[Row]:
+        if self.wrong is not None:
+            raise self.wrong
         text = self._text()
         at = start.offset or (_after_space(text, 0) if self.begin is None else self.begin) + 1
         row, number, line, counted = start.row, start.line, 1, 0
@@ -159,10 +177,11 @@ class JsonArray(TextFile):
         return f"{self.name}:{line}:{column}"
 
 
-def _wrapped(text: str) -> tuple[str, int] | None:
-    """Return the key of the one array of rows in a JSON object, and the offset in characters at which that array begins.
+def _wrapped(text: str) -> tuple[dict[str, Any], tuple[str, int] | None]:
+    """Return a JSON object, the key of the one array of rows in it, and the offset in characters at which that array begins.
 
-    None where the object is a row itself: it has several such arrays, other lists, or names that columns of rows have.
+    The last two are None where the object is a row itself: it has several such arrays, other lists, or names that columns of
+    rows have.
 
     Raises:
         ValueError: the text isn't one JSON object.
@@ -181,8 +200,8 @@ def _wrapped(text: str) -> tuple[str, int] | None:
     lists = [key for key, value in values.items() if _are_rows(key, value)]
     others = [key for key in values if key not in lists]
     if len(lists) != 1 or any(key.casefold() in KNOWN or isinstance(values[key], list) for key in others):
-        return None
-    return lists[0], ends[lists[0]]
+        return values, None
+    return values, (lists[0], ends[lists[0]])
 
 
 def _are_rows(key: str, value: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from rlhf_core.contracts.records import Message
 from rlhf_core.data.row_values import check_sound
-from rlhf_core.infra.errors import DataError, shortened
+from rlhf_core.infra.errors import DataError, nearest, shortened
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -106,7 +106,7 @@ def read_messages(value: Any, name: str, place: str) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise wrong_type(name, "a list of messages", value, place)
     if not value:
-        raise DataError(f"`{name}` has no messages", place=place)
+        raise DataError(f"`{name}` has no messages", place=place, fix="fill it, or delete the row")
     messages: list[Message] = []
     for number, entry in enumerate(value):
         where = f"{name}[{number}]"
@@ -126,16 +126,14 @@ def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
     present = {key: without_nulls(item) for key, item in entry.items() if item is not None}
     who = role_key(present)
     if who is None:
-        got = ", ".join(map(str, present)) or "no keys"
-        raise DataError(f"`{where}` must have `role` and `content`", place=place, got=got)
+        raise _lacking("role", (*_ROLE_KEYS, *_SPEAKER_KEYS), entry, where, place)
     role = ROLES.get(present[who].casefold())
     if role is None:
         fix = f"use {', '.join(dict.fromkeys(ROLES.values()))}".replace(", call", "")
         raise DataError(f"`{where}.{who}` is unknown", place=place, got=shortened(present[who]), fix=fix)
     key = next((key for key in _CONTENT_KEYS if key in present), None)
     if key is None and not (role == "assistant" and any(present.get(other) for other in _INSTEAD)):
-        got = ", ".join(map(str, present))
-        raise DataError(f"`{where}` must have `role` and `content`", place=place, got=got)
+        raise _lacking("content", _CONTENT_KEYS, entry, where, place)
     content = NoContent() if key is None else read_text(present[key], f"{where}.{key}", place)
     rest = {name: item for name, item in present.items() if name not in (who, key)}
     message: dict[str, Any] = {"role": "assistant" if role == "call" else role, "content": content, **rest}
@@ -157,6 +155,25 @@ def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
             f"`{where}.weight` must be 0 or 1", place=place, got=shortened(weight), fix="0 keeps a turn out of the loss"
         )
     return cast(Message, message)
+
+
+def _lacking(what: str, keys: Sequence[str], entry: Mapping[str, Any], where: str, place: str) -> DataError:
+    """Return the error for a message without `role` or `content`, which may be there and null.
+
+    Args:
+        keys: all names that it may have.
+    """
+    null = next((key for key in keys if key in entry and entry[key] is None), None)
+    if null is not None:
+        return DataError(f"`{where}.{null}` is null", place=place, fix="fill it, or delete the row")
+    held = [str(key) for key, value in entry.items() if value is not None]
+    near = nearest(what, [key for key in held if key not in (*_ROLE_KEYS, *_CONTENT_KEYS)])
+    return DataError(
+        f"`{where}` must have `role` and `content`",
+        place=place,
+        got=", ".join(held) or "no keys",
+        fix=f"write `{what}` for `{near}`" if near else None,
+    )
 
 
 def read_text(value: Any, where: str, place: str) -> str:

@@ -67,6 +67,38 @@ def mixture(
                 break
 
 
+def mixture_text(
+    names: Sequence[str], rows: Sequence[float | None], groups: Sequence[tuple[float, Sequence[int]]]
+) -> str | None:
+    """Return what share of a step's rows each entry of the data has on average, as text; None where that isn't known.
+
+    Args:
+        names: of the entries.
+        rows: of an epoch that each entry has alone, weights counted in; None where it isn't known.
+        groups: the share of each group of entries from which rows are drawn, and their numbers; none where all are read one after
+            the other.
+    """
+    known = [count for count in rows if count is not None]
+    total = sum(known) if len(known) == len(rows) else None
+    said = []
+    for share, numbers in groups or [(1.0, range(len(names)))]:
+        counts = [rows[number] for number in numbers]
+        together = sum(count for count in counts if count is not None)
+        if (None in counts and len(counts) > 1) or (not together and None not in counts):
+            if not groups:
+                return None
+            said.append(f"{' and '.join(names[number] for number in numbers)} together {100 * share:.3g} %")
+            continue
+        for number, count in zip(numbers, counts, strict=True):
+            part = share if count is None else share * count / together
+            text = f"{names[number]} {100 * part:.3g} %"
+            if count and total is not None:
+                times = f", each {part * total / count:.2g} times in an epoch" if groups else ""
+                text += f" ({count:,.0f} rows{times})"
+            said.append(text)
+    return "; ".join(said)
+
+
 def chosen_part(draw: int, shares: Sequence[float], seed: int) -> int:
     """Return the number of the part that draw number `draw` takes a row from."""
     return int(_choices(draw // _BLOCK, tuple(shares), seed)[draw % _BLOCK])

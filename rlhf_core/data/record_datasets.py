@@ -67,7 +67,9 @@ _MAP_STYLE = (SFTDataset, PreferenceDataset, KTODataset, GRPODataset)
 _STREAMING = (StreamingSFTDataset, StreamingPreferenceDataset, StreamingKTODataset, StreamingGRPODataset)
 
 
-def open_dataset(data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, config: TrainerConfig) -> EncodedData:
+def open_dataset(
+    data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, config: TrainerConfig, told: bool = False
+) -> EncodedData:
     """Open and check `data` as rows of the record type `record`: map-style, or streaming where the configuration says so.
 
     Args:
@@ -75,6 +77,7 @@ def open_dataset(data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, 
         record: a name in `rlhf_core.contracts.records.RECORDS`.
         tokenizer: the model's fast tokenizer.
         config: its `max_length` and `dataset` options are used.
+        told: whether what becomes of plain text was said of other rows of the same run.
 
     Raises:
         DataError: a row isn't what its record type needs.
@@ -84,4 +87,6 @@ def open_dataset(data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, 
     classes = {name: kind for kind in (_STREAMING if config.dataset.streaming else _MAP_STYLE) for name in kind.records}
     if record not in classes:
         raise ConfigError(f"unknown record type `{record}`", place="record", fix=did_you_mean(record, classes))
-    return classes[record](data, tokenizer, max_length=config.length_limit, options=config.dataset, record=record)
+    return classes[record](
+        data, tokenizer, max_length=config.length_limit, options=config.dataset, record=record, told=told
+    )

@@ -7,34 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_core.contracts.records import RECORDS, Message, Prompt, RecordType
-from rlhf_core.data.columns import ASKING, TEXT, TURNS, value_kind
+from rlhf_core.data.columns import ASKING, TURNS, is_identifier, value_kind
+from rlhf_core.data.label_values import read_label
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, wrong_type
+from rlhf_core.data.missing_columns import missing_column
 from rlhf_core.data.prompt_responses import PromptResponses, read_prompt_responses
 from rlhf_core.data.row_shapes import Format, RowShape, ShapeRecogniser
 from rlhf_core.data.row_source import Row, RowEntry
 from rlhf_core.data.row_values import as_json, check_sound, is_json
-from rlhf_core.infra.errors import ConfigError, DataError, did_you_mean, nearest, shortened
+from rlhf_core.infra.errors import ConfigError, DataError, did_you_mean
 
-_LABELS = {
-    **dict.fromkeys(
-        ("desirable", "true", "t", "1", "+1", "yes", "y", "good", "positive", "chosen", "accepted", "accept", "preferred",
-         "thumbs_up", "thumbsup", "up", "upvote", "like", "liked", "correct", "👍"), True,
-    ),
-    **dict.fromkeys(
-        ("undesirable", "false", "f", "0", "-1", "no", "n", "bad", "negative", "rejected", "reject", "dispreferred",
-         "thumbs_down", "thumbsdown", "down", "downvote", "dislike", "disliked", "incorrect", "👎"), False,
-    ),
-}  # fmt: skip
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents", "chat_template_kwargs")
 """Columns that change what a row means but aren't read here; they are reported unless they are empty."""
-
-_SHAPES = {
-    **dict.fromkeys(("prompt", "response", "chosen", "rejected"), (*TEXT, *TURNS, "turn")),
-    "label": (*TEXT, "number"),
-    "answer": (*TEXT, "number"),
-    "verifiable": ("number",),
-}
-"""Field of a record type → kinds of value that it may have, for suggestions in messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +244,10 @@ class RowChecker:
         return tuple(
             name
             for name, value in values.items()
-            if name not in known and means_something(name, value) and not repeats(value)
+            if name not in known
+            and not is_identifier(str(name))
+            and means_something(name, value)
+            and not repeats(value)
         )
 
     def _columns(self, shape: RowShape, row: Row) -> tuple[dict[str, float], dict[str, list[bool]]]:
@@ -282,7 +269,7 @@ class RowChecker:
                     fix="give it in every row, or in none",
                 )
         if "label" in found:
-            per_response["desirable"] = [_label(values[found["label"]], found["label"], row)]
+            per_response["desirable"] = [read_label(values[found["label"]], found["label"], row.place)]
         if "verifiable" in found:
             verifiable = values[found["verifiable"]]
             if str(verifiable).casefold() not in ("true", "false"):
@@ -293,76 +280,13 @@ class RowChecker:
 
     def _missing(self, name: str, row: Row, found: Mapping[str, str]) -> DataError:
         """Return the error for a row that lacks the field `name`. `found` is field → column, those that it has."""
-        own = self.columns.get(name, name)
-        if own in row.values:
-            meant = "" if own == name else f", from which `dataset.columns` takes `{name}`,"
-            filled = [f"`{key}`" for key, value in row.values.items() if value is not None]
-            others = f"; the columns that it fills are {', '.join(filled)}" if filled else ""
-            fix = f"fill it, or delete the row{others}"
-            return DataError(f"column `{own}`{meant} is null in this row", place=row.place, fix=fix)
-        fix = self._mapping(name, own, row, found)
-        if own != name and value_kind(row.values.get(name)) in _SHAPES[name]:
-            fix = f"leave `{name}` out of `dataset.columns`: the row has a column of that name"
-        elif self._complete:
-            fix = "the rows before have it: fill or delete this one"
-        elif other := self._other_contract(row):
-            look = f"these look like `{other}` rows, for another method"
-            fix = f"{fix}; or {look}" if name == "label" and self._switches(row) else f"{look}; or {fix}"
-        return DataError(
-            f"no column `{own}`, which the record type `{self.contract.name}` needs",
-            place=row.place,
-            got=f"columns {self._described(row) or 'none'}",
-            fix=fix,
-        )
-
-    def _mapping(self, name: str, own: str, row: Row, found: Mapping[str, str]) -> str:
-        """Return a suggested fix for a missing column: the `dataset.columns` that would name one of the right kind.
-
-        Args:
-            name: the field of the record type.
-            own: the data's column for it, where `dataset.columns` names one.
-            found: field → column, those that the row does have.
-        """
-        held = {str(key): value_kind(value) for key, value in row.values.items()}
-        if own != name and own not in held:
-            # `dataset.columns` names a column that the row lacks: suggest the nearest name of a column of the right kind.
-            near = nearest(own, [key for key, kind in held.items() if kind in _SHAPES[name]])
-            if near == name:
-                return f"leave `{name}` out of `dataset.columns`: the row has a column of that name"
-            if near is not None:
-                return f"set `dataset.columns` to `{{{name}: {near}}}`"
-        taken = {*self.contract.required, *self.contract.optional, *self.columns.values(), *found.values()}
-        free = [key for key, kind in held.items() if key not in taken and kind in _SHAPES[name]]
-        answers = [column for column in self.contract.responses if column not in found]
-        if name == "prompt" and answers and (texts := [key for key in free if held[key] in TEXT]):
-            # The row has neither a prompt nor a response: a single column of text must be the whole text.
-            if len(texts) <= len(answers) and "text" in self.contract.optional:
-                return f"set `dataset.columns` to `{{text: {texts[0]}}}` to train on all of it, or give a prompt and a response"
-            named = ", ".join(f"{column}: COLUMN" for column in ("prompt", *answers))
-            return f"set `dataset.columns` to `{{{named}}}`, each COLUMN one of {', '.join(texts)}"
-        if not free:
-            return f"give each row a `{own}`"
-        switches = self._switches(row) if name in ("label", "verifiable") else []
-        near = nearest(own, free) or (switches[0] if switches else None)
-        if near is None and len(free) == 1 and name in ("prompt", *self.contract.responses):
-            near = free[0]
-        if near:
-            return f"set `dataset.columns` to `{{{name}: {near}}}`"
-        return f"set `dataset.columns` to `{{{name}: COLUMN}}`, COLUMN being one of {', '.join(free)}"
-
-    def _switches(self, row: Row) -> list[str]:
-        """Return the row's only column of true or false in a list; an empty list where it has none or several."""
-        columns = [str(key) for key, value in row.values.items() if isinstance(value, bool)]
-        return columns if len(columns) == 1 else []
+        other = None if self._complete else self._other_contract(row)
+        return missing_column(name, row, found, self.contract, self.columns, complete=self._complete, other=other)
 
     def _other_contract(self, row: Row) -> str | None:
         """Return the name of another record type with responses whose columns the row has; None where there is none."""
         others = (name for name, contract in RECORDS.items() if contract.responses and name != self.contract.name)
         return fitting_record(row, others)
-
-    def _described(self, row: Row) -> str:
-        """Return the row's columns that aren't null, for a message."""
-        return ", ".join(f"{key}{_unknown_turns(value)}" for key, value in row.values.items() if value is not None)
 
 
 def fitting_record(row: Row, records: Iterable[str], columns: Mapping[str, str] | None = None) -> str | None:
@@ -392,40 +316,8 @@ def _named(contract: RecordType) -> set[str]:
     return {*contract.required, *contract.optional}
 
 
-def _unknown_turns(value: Any) -> str:
-    """Return a note with the keys of a list of mappings that isn't recognised as turns, for a message; else nothing."""
-    if value_kind(value) != "list" or not isinstance(value[0], Mapping):
-        return ""
-    return (
-        f" (a list of mappings with {', '.join(f'`{key}`' for key in value[0]) or 'no keys'}, which aren't known turns)"
-    )
-
-
 def _without_space(text: str) -> str:
     return "".join(text.split())
-
-
-def _label(value: Any, name: str, row: Row) -> bool:
-    """Return a label as true (desirable) or false: it may be a boolean, 1 or 0, or a word such as `good` or `thumbs_down`.
-
-    Raises:
-        DataError: it is none of these.
-    """
-    text = str(value).strip().casefold().replace(" ", "_").replace("thumbs-", "thumbs_").removesuffix(".0")
-    if isinstance(value, str | bool | int | float) and text in _LABELS:
-        return _LABELS[text]
-    near = nearest(value, ("desirable", "undesirable")) if isinstance(value, str) else None
-    number = isinstance(value, int | float)
-    raise DataError(
-        f"`{name}` must be `desirable` or `undesirable`, true or false, 1 or 0",
-        place=row.place,
-        got=shortened(value),
-        fix=f"did you mean `{near}`?"
-        if near
-        else "say from which score on an answer is good, and write that as the label"
-        if number
-        else None,
-    )
 
 
 def _number(value: Any, name: str, row: Row) -> float:

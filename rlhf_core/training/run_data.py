@@ -13,6 +13,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.encoded_data import EncodedData
 from rlhf_core.data.encoder import Encoder
+from rlhf_core.data.mixture import mixture_text
 from rlhf_core.data.open_source import data_entries, has_splits
 from rlhf_core.data.text_options import save_text_options
 from rlhf_core.infra.errors import ConfigError, ModelError
@@ -36,7 +37,8 @@ def open_data(trainer: Trainer[Any], tokenizer: Any) -> tuple[EncodedData, Encod
     dataset = open_dataset(trainer.data, record, tokenizer, config=trainer.config)
     if held_out is None:
         return dataset, None
-    return dataset, open_dataset(trainer.eval_data, record, tokenizer, config=held_out)
+    told = dataset.encoder.plain or dataset.encoder.wrapped
+    return dataset, open_dataset(trainer.eval_data, record, tokenizer, config=held_out, told=told)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,15 @@ def open_data_early(trainer: Trainer[Any]) -> EarlyData | None:
         return EarlyData(*open_data(trainer, outline.tokenizer))
     finally:
         trainer.config = config
+
+
+def mixture_of(dataset: EncodedData) -> str | None:
+    """Return what share of a step's rows each entry of `data` has, as text; None where there is one alone, or it isn't known."""
+    source, counted = dataset.source, dataset.report.entries if dataset.num_rows is not None else {}
+    names = [part.entry.name for part in source.parts if part.entry is not None]
+    if len(names) < 2:
+        return None
+    return mixture_text(names, [counted[name]["kept"] if name in counted else None for name in names], source.groups)
 
 
 def keep_encoding(trainer: Trainer, dataset: EncodedData) -> None:

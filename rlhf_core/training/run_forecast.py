@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.run_file import grouped_by_share
 from rlhf_core.config.training import BYTES_PER_WEIGHT, DatasetConfig, TrainedModelConfig, TrainerConfig, models_beside
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.data_survey import DataSurvey, NotedMistakes, survey_data
-from rlhf_core.data.open_source import check_paths, data_files, has_splits
+from rlhf_core.data.mixture import mixture_text
+from rlhf_core.data.open_source import check_paths, data_entries, data_files, entry_names, has_splits
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.files import readable_size
@@ -51,6 +53,8 @@ class RunForecast:
     """Data that aren't here, such as names on the hub."""
     unchecked: list[str] = field(default_factory=list)
     """Models that aren't here, and about which the hub can't be asked."""
+    mixture: str | None = None
+    """The share of a step's rows that each of several entries of `data` has."""
     steps: int | None = None
     steps_exact: bool = False
     """Whether all rows were read, or `max_steps` is set."""
@@ -67,6 +71,7 @@ class RunForecast:
     def lines(self) -> list[str]:
         """Return the figures as lines of text."""
         found = [line for key, survey in self.surveys.items() for line in _rows_lines(key, survey)]
+        found += [f"mixture: {self.mixture}"] if self.mixture is not None else []
         found += [f"{name} isn't a local path: its rows weren't read" for name in self.unread]
         found += [
             f"{name} isn't a local path, and the hub can't be reached: it wasn't checked" for name in self.unchecked
@@ -191,6 +196,8 @@ def _survey(
             survey = _survey_of(here, record, tokenizer, dataset, config.length_limit, limit)
             found.surveys[key] = survey
             found.mistakes.add_all(survey.mistakes)
+            if key == "data":
+                found.mixture = _mixture(data, survey)
 
 
 def _survey_of(
@@ -206,14 +213,29 @@ def _survey_of(
     )
 
 
+def _mixture(data: Any, survey: DataSurvey) -> str | None:
+    """Return what share of a step's rows each of several entries has."""
+    entries = data_entries(data) or []
+    if len(entries) < 2:
+        return None
+    read = iter(survey.entry_rows)
+    rows = [None if _is_away(str(entry.path)) else next(read) for entry in entries]
+    groups = grouped_by_share(entries)
+    return mixture_text(entry_names(entries), rows, groups if len(groups) > 1 else ())
+
+
+def _is_away(name: str) -> bool:
+    """Return whether data of that name would be fetched."""
+    return not Path(name).expanduser().exists() and not set(name) & {*"*?["}
+
+
 def _local(data: Any) -> tuple[list[Any], list[str]]:
     """Return the entries of data that are files here, and the names of those that would be fetched."""
     items: Sequence[Any] = data if isinstance(data, list) else [data]
     here, away = [], []
     for item in items:
         named = [str(path) for path, _ in data_files([item]) or []]
-        fetched = [name for name in named if not Path(name).expanduser().exists() and not set(name) & {*"*?["}]
-        if fetched:
+        if fetched := [name for name in named if _is_away(name)]:
             away += fetched
         else:
             # Shares are checked already, and those of the others would be missing.

@@ -41,7 +41,7 @@ from rlhf_core.training.roles import (
     set_training_mode,
     trained_roles,
 )
-from rlhf_core.training.run_data import EarlyData, keep_encoding, one_pass, open_data, open_data_early
+from rlhf_core.training.run_data import EarlyData, keep_encoding, mixture_of, one_pass, open_data, open_data_early
 from rlhf_core.training.run_samplers import RunSampler, RunSamplers, SamplerKey
 from rlhf_core.training.trackers import check_trackers
 from rlhf_core.training.update import Updater
@@ -127,6 +127,8 @@ class RunSetup:
     def inspect_data(self) -> None:
         """Keep with the trained models how the data were encoded, and let the method inspect the data."""
         keep_encoding(self.trainer, self.dataset)
+        if (mixture := mixture_of(self.dataset)) is not None:
+            log.info("a step's rows: %s", mixture)
         for dataset in self._datasets:
             self.trainer.inspect(dataset)
 

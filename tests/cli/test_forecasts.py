@@ -47,6 +47,25 @@ def test_twelve_mistakes_are_twelve_lines(rlhf, tmp_path: Path, model: str) -> N
     assert rlhf("train", str(path))[2].count("error[config]") == 10
 
 
+def test_the_shares_of_a_mixture_are_shown(rlhf, tmp_path: Path, model: str) -> None:
+    easy, hard = _write(tmp_path / "easy.jsonl", *[GOOD] * 30), _write(tmp_path / "hard.jsonl", *[GOOD] * 10)
+    path = tmp_path / "run.yaml"
+    for entries, line in (
+        (f"[{easy}, {{path: {hard}, weight: 3}}]", "easy 50 % (30 rows); hard 50 % (30 rows)"),
+        (
+            f"[{{path: {easy}, share: 0.25}}, {hard}]",
+            "easy 25 % (30 rows, each 0.33 times in an epoch); hard 75 % (10 rows, each 3 times in an epoch)",
+        ),
+    ):
+        path.write_text(f"method: sft\nmodel: {model}\ndata: {entries}\n")
+        assert f"mixture: {line}" in rlhf("validate", str(path))[1].splitlines()
+        assert f"# mixture: {line}" in rlhf("train", str(path), "--dry-run")[1].splitlines()
+    path.write_text(
+        f"method: sft\nmodel: {model}\ndata: [{{path: {easy}, share: 0.5}}, {{path: {hard}, share: 0.6}}]\n"
+    )
+    assert rlhf("validate", str(path))[2].count("error[") == 1
+
+
 def test_a_wrong_entry_of_data_is_told_once(rlhf, tmp_path: Path, model: str) -> None:
     rows, path = _write(tmp_path / "rows.jsonl", GOOD), tmp_path / "run.yaml"
     path.write_text(

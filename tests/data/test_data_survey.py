@@ -75,6 +75,22 @@ def test_of_many_mistakes_each_kind_is_shown(tmp_path: Path) -> None:
     assert mistakes.shown(60) == (mistakes.kept, {})
 
 
+def test_a_mistake_of_every_row_is_told_once(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "a", "response": "b"}] * 1200
+    path, good = (
+        _rows(tmp_path / "rows.jsonl", rows),
+        _rows(tmp_path / "good.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}]),
+    )
+    for tokenizer in (None, tiny_tokenizer()):
+        survey = survey_data([path, good], "preference", tokenizer=tokenizer)
+        (error,) = survey.mistakes.kept
+        assert str(error).startswith(
+            f"{path}:1: no column `chosen`, which the record type `preference` needs, so in all 1,200"
+        )
+        assert (len(survey.mistakes), survey.rows, survey.report.kept) == (1, 1201, 1)
+    assert len(survey_data(_rows(tmp_path / "few.jsonl", rows[:3]), "preference").mistakes) == 3
+
+
 @pytest.mark.parametrize(
     ("row", "record"),
     [

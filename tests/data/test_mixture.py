@@ -17,7 +17,7 @@ from rlhf_core.config.run_file import DataFile, RunConfig, grouped_by_share
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.data_source import DataSource, ListRows, SourcePart
-from rlhf_core.data.mixture import chosen_part
+from rlhf_core.data.mixture import chosen_part, mixture_text
 from rlhf_core.data.open_source import entry_names, open_source
 from rlhf_core.data.row_source import Cursor
 from rlhf_core.infra.errors import ConfigError, DataError
@@ -389,3 +389,22 @@ def test_rows_that_are_kept_are_those_of_the_same_groups(tmp_path):
 def test_names_of_entries_are_plain(name):
     with pytest.raises(ConfigError, match="name"):
         DataFile.parse({"path": "p", "name": name}, place="data")
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "text"),
+    [
+        ((30, 10), (), "a 75 % (30 rows); b 25 % (10 rows)"),
+        ((30, None), (), None),
+        ((0, 0), (), None),
+        ((30, 10), [(0.5, [0]), (0.5, [1])],
+         "a 50 % (30 rows, each 0.67 times in an epoch); b 50 % (10 rows, each 2 times in an epoch)"),
+        ((30, None), [(0.1, [0]), (0.9, [1])], "a 10 %; b 90 %"),
+        ((8, 3, 1), [(0.2, [0]), (0.8, [1, 2])],
+         "a 20 % (8 rows, each 0.3 times in an epoch); b 60 % (3 rows, each 2.4 times in an epoch); c 20 % (1 rows, each 2.4"),
+        ((8, 3, None), [(0.2, [0]), (0.8, [1, 2])], "a 20 %; b and c together 80 %"),
+    ],
+)  # fmt: skip
+def test_shares_in_words(rows, groups, text):
+    said = mixture_text("abc"[: len(rows)], rows, groups)
+    assert said == text if text is None else said is not None and said.startswith(text)

@@ -345,7 +345,14 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("sft", {"chosen": [U, A], "rejected": [U, N]}, "these look like `preference` rows"),
         ("sft", {"messages": [U, {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}]},
          "`messages[1].content[0]` must be a part of text; got a part of type 'image_url'; fix: only text can be read"),
-        ("sft", {"messages": [U, {"role": "assistant", "content": None}]}, "`messages[1]` must have `role` and `content`"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": None}]}, "`messages[1].content` is null; fix: fill it"),
+        ("sft", {"messages": [{"role": None, "content": "hi"}, A]}, "`messages[0].role` is null"),
+        ("sft", {"conversations": [{"from": "human", "value": None}, A]}, "`conversations[0].value` is null"),
+        ("sft", {"messages": [U, {"role": "assistant", "contents": "a"}]}, "got role, contents; fix: write `content` for"),
+        ("sft", {"conversations": None, "id": "3"},
+         "column `conversations` is null in this row; fix: fill it, or delete the row; the columns that it fills are `id`"),
+        ("sft", {"instruction": "a", "output": None}, "column `output` is null in this row"),
+        ("preference", {"question": None, "chosen": "a", "rejected": "b"}, "column `question` is null in this row"),
         ("sft", {"messages": [U, {**A, "weight": 0}]}, "every assistant turn has weight 0"),
         ("sft", {"messages": [S, U, A], "system": "other"}, "has both a system turn and a column `system`, which differ"),
         ("sft", {"messages": [U, A], "tools": "not JSON"}, "`tools` must be a list of mappings, or the JSON of one; got str"),
@@ -367,6 +374,23 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("unpaired", {"prompt": "a", "response": "b", "thumbs_up": True, "n": 1},
          "fix: set `dataset.columns` to `{label: thumbs_up}`; or these look like `sft` rows"),
         ("sft", {"source": "a", "target": "b"}, "fix: set `dataset.columns` to `{prompt: source}`"),
+        # Columns about a row, and those that are known as another field, are never suggested.
+        ("sft", {"prompt": "a", "id": "7", "category": "math"}, "columns prompt, id, category; fix: give each row a `response`"),
+        ("sft", {"id": "1", "url": "b"}, "fix: give each row a `prompt` and a `response`"),
+        ("sft", {"response": "a", "created_at": "2024"}, "fix: give each row a `prompt`"),
+        ("preference", {"prompt": "a", "response": "b"}, "another method; or give each row a `chosen` and a `rejected`"),
+        ("preference", {"prompt": "a", "chosen": "b", "source": "wiki"}, "fix: give each row a `rejected`"),
+        ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "method; or set `dataset.columns` to `{response: chosen}`"),
+        ("prompt", {"id": "1", "answer": "2"}, "fix: give each row a `prompt`"),
+        ("unpaired", {"prompt": "a", "response": "b", "score": 0.3}, "`undesirable`; `score` may decide it, by a threshold"),
+        ("reasoning", {"question": "a", "solution": "b"}, "set `dataset.columns` to `{answer: solution}`"),
+        # What each row holds instead is said.
+        ("sft", {"promt": "a", "respons": "b"}, "set `dataset.columns` to `{prompt: promt, response: respons}`"),
+        ("sft", {"the prompt: ": "a", "response": "b"}, 'set `dataset.columns` to `{prompt: "the prompt: "}`'),
+        ("sft", {"prompt": "a", "candidates": ["b", "c"]}, "`candidates` is a list: write one of its texts as `response`"),
+        ("preference", {"prompt": "a", "completions": ["b", "c"]}, "`completions` is a list of answers: write the better one as"),
+        ("preference", {"prompt": "a", "response_a": "b", "response_b": "c", "winner": "a"},
+         "`winner` says which answer is the better one: write that one as `chosen`, the other as `rejected`"),
         ("sft", {"turns": [{"who": "a", "what": "b"}]},
          "got columns turns (a list of mappings with `who`, `what`, which aren't known turns)"),
     ],
@@ -422,7 +446,9 @@ def test_what_was_taken_for_what_is_said_once(tiny, caplog, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_text_that_nothing_uses_is_named_once_and_refused_when_strict(tiny, caplog, streaming):
-    rows = [{"prompt": "a", "response": "b", "note": "c", "why": "d", "score": 3}] * 4
+    rows = [
+        {"prompt": "a", "response": "b", "note": "c", "why": "d", "score": 3, "id": "identity_0", "user_id": "u"}
+    ] * 4
     data = opened(tiny, rows, streaming=streaming, wrap="none")
     list(data)
     told = "data: 4 of 4 rows: columns that aren't used: `note`, `why` (data[0], data[1], data[2], data[3])"

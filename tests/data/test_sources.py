@@ -208,7 +208,42 @@ def test_json_array(jsonl, content):
 
 
 def test_pretty_printed_objects_are_explained(jsonl):
-    assert "write each object on one line" in str(fault(jsonl(b'{\n  "a": 1\n}\n')))
+    for content in (b'{\n  "a": 1\n}\n', b'{"a": 1,\n "b": 2}\n{"a": 1,\n "b": 2}\n'):
+        path = jsonl(content)
+        error = str(fault(path))
+        assert (
+            error.startswith(f"{path}:1: holds an object over several lines")
+            and "write each object on one line" in error
+        )
+
+
+ROW = {"prompt": "a", "response": "b"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mine": {"file_name": "rows.jsonl", "columns": {"prompt": "q"}}, "other": {"hf_hub_url": "owner/name"}},
+         "lists data sets, as LLaMA-Factory's `dataset_info.json` does, and holds no rows; got `mine`, `other`; fix: name"),
+        ({"prompt": {"0": "a", "1": "b"}, "response": {"0": "c", "1": "d"}}, "holds columns, expected rows; got `prompt`, `resp"),
+        ({"prompt": ["a", "b"], "response": ["c", "d"]}, "holds columns, expected rows"),
+        ({"first": ROW, "second": ROW}, "holds rows under keys, expected rows alone; got `first`, `second`"),
+        ({"train": [ROW, ROW], "test": [ROW]}, "holds several arrays of rows; got `train`, `test`; fix: write each to a file"),
+    ],
+)  # fmt: skip
+def test_one_object_that_is_no_row_is_explained(tmp_path, values, message):
+    for name, indent in (("rows.json", None), ("rows.json", 2), ("rows.jsonl", 2)):
+        path = tmp_path / name
+        path.write_text(json.dumps(values, indent=indent))
+        error = str(fault(path))
+        assert error.startswith(f"{path}: {message}"), error
+    assert f"such as {tmp_path / 'rows.jsonl'}; what" in error or "file_name" not in str(values)
+
+
+def test_one_object_that_is_a_row_is_one(tmp_path):
+    for row in (ROW, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}):
+        (tmp_path / "row.json").write_text(json.dumps(row))
+        assert values(open_source(tmp_path / "row.json")) == [row]
 
 
 @pytest.mark.parametrize("content", [b"3\n", b'"text"\n', b"null\n"])

@@ -56,6 +56,20 @@ def test_the_rows_are_read_once(model: Path, caplog: pytest.LogCaptureFixture) -
     assert caplog.text.count("max_length: 64") == 1 and trainer.config.max_length == 64
 
 
+def test_that_rows_are_plain_text_is_said_once(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = _trainer(model, [GOOD] * 3)
+    trainer.eval_data = [GOOD] * 2
+    trainer.train()
+    assert caplog.text.count("chat template isn't applied") == 1
+    caplog.clear()
+    mixed = _trainer(
+        model, [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 3
+    )
+    mixed.eval_data = [GOOD] * 2
+    mixed.train()
+    assert caplog.text.count("chat template isn't applied") == 1
+
+
 def test_a_tokenizer_that_the_method_changes_reads_them_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = _trainer(model, [GOOD] * 3)
     build = trainer.build

@@ -70,6 +70,21 @@ def test_a_killed_run_on_a_mixture_is_resumed_as_the_same_run(tmp_path, monkeypa
     assert entries["easy"]["kept"] == 24 and entries["hard"]["kept"] == 5
 
 
+@pytest.mark.parametrize(
+    ("streaming", "shares"),
+    [
+        (False, "easy 50 % (24 rows, each 0.6 times in an epoch); hard 50 % (5 rows, each 2.9 times in an epoch)"),
+        (True, "easy 50 %; hard 50 %"),
+    ],
+)
+def test_a_run_says_what_share_each_entry_has(tmp_path, caplog, streaming, shares):
+    files = written(tmp_path)
+    data = [{"path": files["easy"], "share": 0.5}, {"path": files["hard"], "rows": 5}]
+    with caplog.at_level("INFO"):
+        run(data, tmp_path / "run", max_steps=1, streaming=streaming).train()
+    assert f"a step's rows: {shares}" in caplog.text
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_each_held_out_file_has_its_own_metrics(tmp_path, streaming):
     files = written(tmp_path)
