@@ -202,4 +202,6 @@ def diff(first: _Run, second: _Run, as_json: _Json = False) -> None:
 def _shown(value: Any) -> str:
     """Return a value as text that fits a table."""
     text = "–" if value is None else str(value)
+    if isinstance(value, Mapping):
+        text = ", ".join(f"{name}: {one}" for name, one in value.items()) or "with its defaults"
     return text if len(text) <= _MOST else text[: _MOST - 1] + "…"

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ENDS = {
+    "end": "ended",
+    "stop": "ended by a stop text",
+    "rule": "ended by a rule",
+    "confidence": "cut for too little confidence",
+    "length": "cut off at the limit",
+}
+"""Why a completion stopped → how that is said."""
+
 _Target = Annotated[
     str,
     typer.Argument(
@@ -215,11 +224,11 @@ def _print_row(number: str, row: PromptRow, completions: Sequence[Completion]) -
     """Print a prompt and its completions for people."""
     print_heading(f"{number}  {_as_text(row)}")
     for place, one in enumerate(completions, 1):
+        which = f"completion {place} of {len(completions)}" if len(completions) > 1 else "completion"
+        count = f"{len(one.ids):,} token{'s' * (len(one.ids) != 1)}"
+        score = [f"score {one.score:.4g}"] if one.score is not None else []
+        print_note(" · ".join([which, count, _ENDS.get(one.stop_reason, one.stop_reason), *score]))
         print_wrapped(one.text.strip("\n"))
-        facts = [f"{place} of {len(completions)}"] if len(completions) > 1 else []
-        facts += [one.stop_reason, f"{len(one.ids)} tokens"]
-        facts += [f"score {one.score:.4g}"] if one.score is not None else []
-        print_note(" · ".join(facts))
     print()
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import alternatives, group_of, is_group, option_at, option_names
-from rlhf_core.config.known_names import said_elsewhere, said_here
+from rlhf_core.config.known_names import as_flags, said_elsewhere, said_here
 from rlhf_core.config.yaml_file import parse_scalar
 from rlhf_core.infra.errors import ConfigError, Mistakes, either, nearest_names
 
@@ -108,7 +108,7 @@ def unknown_option(
     name is here."""
     problem, names = f"unknown option `{name}` of {owner}", list(option_names(config))
     if (ours := said_here(name, config, also)) is not None:
-        return ConfigError(problem, place=place, fix=ours)
+        return ConfigError(problem, place=place, fix=as_flags(ours) if place.startswith("--") else ours)
     near = nearest_names(name, [*also, *names]) or nearest_names(name.rpartition(".")[2], names)
     if not near and (ours := said_elsewhere(name)) is not None:
         return ConfigError(problem, place=place, fix=ours)

@@ -6,6 +6,7 @@ Importing this imports no torch.
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -694,6 +695,13 @@ def said_here(name: str, config: type[BaseModel], keys: Iterable[str] = ()) -> s
         if not known.ours:
             return known.differs
     return None
+
+
+def as_flags(fix: str) -> str:
+    """Return what `said_here` says with options as flags: `--epochs` for `epochs`, `--lora.quantize 4bit` for a group's."""
+    fix = re.sub(r"^write `([a-z_.]+)`", r"write `--\1`", fix)
+    fix = re.sub(r"`([a-z_.]+): ([^`{}\[\]]+)`", r"`--\1 \2`", fix)
+    return re.sub(r"`([a-z_.]+): \{([a-z_]+): (\w+)\}`", r"`--\1.\2 \3`", fix)
 
 
 def said_elsewhere(name: str) -> str | None:

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from rlhf_core.config.fields import default_of, is_group, option_at
+from rlhf_core.config.online import OnlineConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import flatten
 from rlhf_core.evaluation.report.run_files import is_run_directory, read_mapping, read_yaml_mapping, require_readable
 from rlhf_core.infra.errors import ConfigError
@@ -38,6 +43,7 @@ def run_differences(first: Path, second: Path) -> list[RunDifference]:
         ConfigError: a directory isn't a run's.
     """
     parts = [_parts(path) for path in (first, second)]
+    parts[0]["options"], parts[1]["options"] = _compared(parts[0]["options"], parts[1]["options"])
     found = []
     for part in parts[0]:
         one, other = parts[0][part], parts[1][part]
@@ -55,7 +61,7 @@ def _parts(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError("is not a run's directory", place=str(path), fix=fix)
     notes: list[str] = []
     record = read_mapping(path / "run.json", notes)
-    options = flatten(redact(read_yaml_mapping(path / "config.yaml", notes)))
+    options = redact(read_yaml_mapping(path / "config.yaml", notes))
     return {
         "options": {name: value for name, value in options.items() if name != "output"},
         "data": _data(read_mapping(path / "data.json", notes)),
@@ -64,6 +70,35 @@ def _parts(path: Path) -> dict[str, dict[str, Any]]:
         "versions": _versions(record),
         "resumes": _resumes(record),
     }
+
+
+def _compared(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of two runs by dotted names. A group that one of them lacks is one value: what isn't a default in it."""
+    flat: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for name in dict.fromkeys([*first, *second]):
+        dotted, one, other = f"{prefix}{name}", first.get(name), second.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            inner = _compared(one, other, f"{dotted}.")
+        else:
+            inner = {dotted: _set_in(one, dotted)}, {dotted: _set_in(other, dotted)}
+        flat[0].update(inner[0])
+        flat[1].update(inner[1])
+    return flat
+
+
+def _set_in(value: Any, name: str) -> Any:
+    """Return a value, of a group only what differs from its defaults."""
+    if not isinstance(value, Mapping):
+        return value
+    options = (option_at(config, name) for config in (TrainerConfig, OnlineConfig))
+    group = next((kind for option in options if option is not None for kind in option[1] if is_group(kind)), None)
+    defaults: dict[str, Any] = {}
+    for key, info in {} if group is None else group.model_fields.items():
+        default = default_of(info)
+        defaults[key] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+    return {key: one for key, one in value.items() if key not in defaults or one != defaults[key]}
 
 
 def _data(reports: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def no_such_model(source: str, error: Exception) -> ModelError:
     """Return the error for a name that is neither a local directory nor a model that the hub can deliver."""
     near = near_path(Path(source)) or ""
     return ModelError(
-        f"is neither a local directory nor a model that could be fetched from the hub{looked_in(source)}",
+        f"is no local directory{looked_in(source)}, and no model that could be fetched from the hub",
         place=source,
         got=first_line(error),
         fix=near

@@ -118,7 +118,8 @@ class EvaluationSchedule:
         assert setup.eval_dataset is not None
         metrics = evaluate(run.trainer, setup.eval_dataset, run.context.for_evaluation())
         step = run.progress.step
-        log.info("%s", evaluation_table(metrics, step, run.progress.eval_metrics))
+        before = run.progress.eval_metrics, run.progress.evaluated or 0
+        log.info("%s", evaluation_table(metrics, step, *before))
         run.progress.evaluated, run.progress.eval_metrics = step, metrics
         run.logger.event("evaluated", step=step, metrics=metrics)
         run.hooks.emit("evaluated", run=run.trainer, step=step, metrics=metrics)

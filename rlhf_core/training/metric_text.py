@@ -14,17 +14,20 @@ _TELLING = ("loss", "margin", "accuracy")
 _BETWEEN = "  "
 
 
-def evaluation_table(metrics: Mapping[str, float], step: int, before: Mapping[str, float] | None = None) -> str:
+def evaluation_table(
+    metrics: Mapping[str, float], step: int, before: Mapping[str, float] | None = None, before_step: int = 0
+) -> str:
     """Return an evaluation as a small table: a metric per line, with its standard error and the value of the one before.
 
-    evaluation of step 20                  before
-      eval_loss      0.6502                0.6931
-      eval_accuracy  0.7813 ± 0.0521       0.5000
+    evaluation of step 20             before, step 10
+      eval_loss      0.6502                    0.6931
+      eval_accuracy  0.7813 ± 0.0521           0.5000
 
     The details of an online method, which are many, are left to `metrics.jsonl`.
 
     Args:
         before: the metrics of the evaluation before, where there was one.
+        before_step: its step.
     """
     errors = {name: f" ± {metrics[name + _ERROR]:.4f}" for name in metrics if name + _ERROR in metrics}
     names = _telling_first(_without_spreads(metrics, errors, _ERROR))
@@ -37,11 +40,12 @@ def evaluation_table(metrics: Mapping[str, float], step: int, before: Mapping[st
     title = f"evaluation of step {step}"
     if earlier:
         column = max(map(len, [title, *lines])) + len(_BETWEEN)
-        size = max(map(len, [*earlier.values(), "before"]))
+        heading = f"before, step {before_step}"
+        size = max(map(len, [*earlier.values(), heading]))
         lines = [
             f"{line:{column}}{earlier.get(name, ''):>{size}}".rstrip() for line, name in zip(lines, names, strict=True)
         ]
-        title = f"{title:{column}}{'before':>{size}}"
+        title = f"{title:{column}}{heading:>{size}}"
     return "\n".join([title, *lines])
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from rlhf_core.cli import main
 from rlhf_core.cli.terminal_plot import plot_lines
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.evaluation.report import chart_files
 from rlhf_core.evaluation.report.chart_data import Line, LineChart
@@ -265,6 +266,20 @@ def test_how_two_runs_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["diff", str(folder / "done"), str(other)]) == 0
     shown = capsys.readouterr().out
     assert "learning_rate  0.001  0.0001" in shown and "beta           –      0.1" in shown
+    for number, lora in enumerate(({"rank": 8}, {})):
+        adapter = {**LoraConfig().model_dump(mode="json"), **lora}
+        write_run(folder / f"lora{number}", options={"lora": adapter})
+        assert main(["diff", str(folder / "done"), str(folder / f"lora{number}"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0] == {
+            "part": "options",
+            "name": "lora",
+            "first": None,
+            "second": lora,
+        }
+        assert main(["diff", str(folder / "done"), str(folder / f"lora{number}")]) == 0
+        assert f"lora  –     {['rank: 8', 'with its defaults'][number]}\n" in capsys.readouterr().out
+    assert main(["diff", str(folder / "lora0"), str(folder / "lora1"), "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == ["lora.rank"]
     assert main(["diff", str(folder / "done"), str(folder / "killed")]) == 0
     assert capsys.readouterr().out.startswith("no differences")
     assert main(["diff", str(folder / "done"), str(folder / "deep")]) == 2

@@ -368,7 +368,7 @@ def test_texts_columns_and_conversations_are_prompts(rlhf: Rlhf, model: str, tmp
 def test_without_an_output_completions_are_printed(rlhf: Rlhf, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ["sample", "generate", "--model", model, "--max-new-tokens", "4"]
     code, out, _ = rlhf(*own, "--prompts", "a: [b, c]", "--n", "2")
-    assert code == 0 and out.startswith("1/1  a: [b, c]\n") and "1 of 2 · " in out and "2 of 2 · " in out
+    assert code == 0 and out.startswith("1/1  a: [b, c]\ncompletion 1 of 2 · ") and "\ncompletion 2 of 2 · " in out
     code, out, _ = rlhf(*own, "--prompts", "a b", "--json")
     assert code == 0 and set(json.loads(out)) == {"prompt", "completion", "stop_reason", "tokens"}
     monkeypatch.setattr("sys.stdin", ["1+1=?\n", "\n", "2+2=?\n"])

@@ -10,7 +10,7 @@ from rlhf_plugins.trainers.dpo import DPOConfig
 
 from rlhf_core import registry
 from rlhf_core.config.fields import option_at
-from rlhf_core.config.known_names import KNOWN
+from rlhf_core.config.known_names import KNOWN, as_flags
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.infra.errors import ConfigError, did_you_mean, nearest_names
 from rlhf_core.training.job import load_job
@@ -64,7 +64,17 @@ def test_a_name_of_another_trainer_as_a_flag(method: str, line: str) -> None:
     name, _, value = line.partition(": ")
     with pytest.raises(ConfigError) as caught:
         load_job(method, flags=[*BASE, f"--{name.replace('_', '-')}", value])
-    assert ANSWERS[method, line].partition("; ")[2 if "; fix" in ANSWERS[method, line] else 0] in str(caught.value)
+    said = ANSWERS[method, line].partition("; ")[2 if "; fix" in ANSWERS[method, line] else 0]
+    assert f"fix: {as_flags(said.removeprefix('fix: '))}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "fix"),
+    [("--lr", "`--learning_rate`"), ("--bf16", "`--precision bf16`;"), ("--load_in_4bit", "`--lora.quantize 4bit`;")],
+)
+def test_a_flag_is_answered_as_a_flag(flag: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=f"fix: write {fix}"):
+        load_job("sft", flags=[*BASE, flag, "1"])
 
 
 def test_every_mistaken_name_of_a_file_is_answered(tmp_path: Path) -> None:
@@ -83,7 +93,7 @@ def test_keys_that_are_given_by_other_names_as_flags_are_not_missing_as_well() -
     with pytest.raises(ConfigError) as caught:
         load_job("sft", flags=["--model_name_or_path", "m", "--dataset_name", "d"])
     found = [str(one) for one in (caught.value, *caught.value.also)]
-    assert len(found) == 2 and "write `model`" in found[0] and "write `data`" in found[1]
+    assert len(found) == 2 and "write `--model`" in found[0] and "write `--data`" in found[1]
     with pytest.raises(ConfigError, match=r"`config` of sft; fix: .*`rlhf train FILE.yaml"):
         load_job("sft", flags=["--config", "run.yaml"])
 

@@ -77,7 +77,7 @@ def test_each_name_is_asked_for_once(stand_in: type[StandIn]) -> None:
 
 def test_a_model_that_the_hub_lacks_is_one_line(stand_in: type[StandIn]) -> None:
     with pytest.raises(
-        ModelError, match=r"^acme/none: is neither a local directory nor .*; got the hub has no such model"
+        ModelError, match=r"^acme/none: is no local directory, and no model .*; got the hub has no such model"
     ):
         PolicyModel.from_pretrained("acme/none")
 

@@ -194,7 +194,7 @@ def test_missing_directory_names_the_nearest(saved: Path) -> None:
 def test_neither_directory_nor_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     # The hub's client has read the environment by now.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "neither a local directory nor a model that could be fetched from the hub" in refusal("acme/no-such-model")
+    assert "no local directory, and no model that could be fetched from the hub" in refusal("acme/no-such-model")
 
 
 def test_directory_without_a_model(tmp_path: Path) -> None:

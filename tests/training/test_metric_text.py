@@ -30,11 +30,11 @@ def test_an_evaluation_is_a_small_table_with_each_error_and_the_values_of_before
         "  eval_kl              0.0000",
         "  eval_se              2.0000",
     ]
-    assert evaluation_table(metrics, 20, {"eval_loss": 1.5, "eval_kl": -0.25}).splitlines() == [
-        "evaluation of step 20                    before",
-        "  eval_loss            1.2500            1.5000",
+    assert evaluation_table(metrics, 20, {"eval_loss": 1.5, "eval_kl": -0.25}, 10).splitlines() == [
+        "evaluation of step 20                   before, step 10",
+        "  eval_loss            1.2500                    1.5000",
         "  eval_rewards/margin  0.5000 ± 0.5000",
-        "  eval_kl              0.0000           -0.2500",
+        "  eval_kl              0.0000                   -0.2500",
         "  eval_se              2.0000",
     ]
 
