@@ -33,7 +33,7 @@ _CHUNK = 256
 _FIRST = 20
 """Rows from whose columns the record type is recognised."""
 _FEW = 3
-"""Rows up to which a mistake of every row is told for each."""
+"""Rows up to which a mistake of every row is shown for each."""
 _KEPT = 1000
 """Mistakes that are kept; more are counted."""
 
