@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from quantised import EightBits, quantised
 from torch import Tensor, nn
 
 from rlhf_core.models import fast_linears
@@ -298,30 +299,8 @@ def test_an_input_changed_in_place_between_two_layers_is_read_again() -> None:
                 torch.testing.assert_close(model(torch.ones(3, 6)), wanted, rtol=1e-5, atol=1e-6)
 
 
-class EightBits(nn.Linear):
-    """A linear layer whose weight is held in 8 bits, as peft sees those of a quantised base."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False)
-        self.scale = linear.weight.detach().abs().amax() / 127
-        quantised = (linear.weight.detach() / self.scale).round().to(torch.int8)
-        self.weight = nn.Parameter(quantised, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
-
-
-def quantised() -> nn.Module:
-    model = tiny_model().requires_grad_(False)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
-                setattr(module, name, EightBits(child))
-    return model
-
-
 def test_a_quantised_base_keeps_its_bits_and_computes_the_same() -> None:
-    model = adapted(quantised())
+    model = adapted(quantised(tiny_model()))
     assert gap(model, LAYERS) < 1e-5
     kept = [module.weight for module in model.modules() if isinstance(module, EightBits)]
     assert len(kept) == LAYERS and all(weight.dtype == torch.int8 for weight in kept)
