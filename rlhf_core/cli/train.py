@@ -128,7 +128,23 @@ def _of_run(target: str, flags: list[str], *, resume: bool) -> tuple[str, list[s
             place=target,
             fix=f"`--resume` continues that run, with more `--max_steps` for longer; {directory / 'config.yaml'} has its options",
         )
+    _refuse_objects(directory, target)
     return str(directory / "config.yaml"), ["--output", str(directory), *flags]
+
+
+def _refuse_objects(directory: Path, target: str) -> None:
+    """Refuse to continue a run whose model or data were objects in Python, which no file holds."""
+    from rlhf_core.config.run_file import is_object
+    from rlhf_core.config.yaml_file import load_yaml
+
+    options, _ = load_yaml(directory / "config.yaml")
+    given = [f"`{name}`" for name in ("model", "data", "eval_data") if is_object(options.get(name))]
+    if given:
+        raise ConfigError(
+            f"the run was started in Python from objects, not from files: {', '.join(given)}",
+            place=target,
+            fix="continue it by `trainer.train(resume=True)` in the program that made them, or train its `model/` in a new run",
+        )
 
 
 def _warn_of_broken() -> None:

@@ -28,7 +28,9 @@ _PATHS = frozenset(
     )
 ) | {"compressor", "chat_template", "fisher", "replay", "include_path"}
 """Keys whose texts are paths wherever they exist, even without a separator or an ending."""
-_OTHER = frozenset(("output", "method", "kind", "name", "columns"))
+_OTHER = frozenset(
+    ("output", "method", "kind", "name", "columns", "push_to_hub", "new_tokens", "special_tokens", "stop", "freeze")
+)
 """Keys whose texts aren't paths of what is read."""
 
 

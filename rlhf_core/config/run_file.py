@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +22,11 @@ from rlhf_core.config.training import DatasetConfig, RowFormat
 from rlhf_core.infra.errors import ConfigError
 
 
+def is_object(value: Any) -> bool:
+    """Tell whether a run's record has this in place of a model or of data that were objects in Python, such as `<list of 8>`."""
+    return isinstance(value, str) and re.fullmatch(r"<[A-Za-z_]\w*( of \d+)?>", value) is not None
+
+
 class DataFile(BaseConfig):
     """Rows to train on or to evaluate on: where they are, how many of them are used, and how they are read."""
 
@@ -37,8 +43,8 @@ class DataFile(BaseConfig):
     rows: int | None = Field(
         None,
         ge=1,
-        description="How many rows it gives to an epoch: its first ones, and where it has fewer, those again from the beginning;"
-        " null takes what `weight` says.",
+        description="How many rows it gives to an epoch: its first ones, and where it has fewer, those again from the beginning"
+        " (of held-out ones each once); null takes what `weight` says.",
     )
     share: float | None = Field(
         None,

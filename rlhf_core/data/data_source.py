@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from typing import Any
 
 from rlhf_core.data.row_source import Cursor, Row, RowEntry, RowSource
 from rlhf_core.infra.errors import DataError, RLHFError, describe_error
+
+log = logging.getLogger(__name__)
 
 _BYTES_A_ROW = 1024
 """Assumed size of a row in memory, in bytes."""
@@ -79,6 +82,8 @@ class SourcePart:
     """How many rows are taken: the first ones, and where there are fewer, those again from the beginning; None takes all."""
     entry: RowEntry | None = None
     """What its rows carry with them; None where it is all of the data, and they are read as the data as a whole are."""
+    once: bool = False
+    """Whether none comes again: where there are fewer than `rows`, these are all."""
 
     @property
     def name(self) -> str:
@@ -103,6 +108,7 @@ class DataSource:
         self.sources = [source for part in self.parts for source in part.sources]
         self._firsts = list(itertools.accumulate((len(part.sources) for part in self.parts), initial=0))
         self._group_of = [0] * len(self.parts)
+        self._fewer: list[SourcePart] = []
         for group, (_, numbers) in enumerate(self.groups):
             for number in numbers:
                 self._group_of[number] = group
@@ -158,7 +164,16 @@ class DataSource:
                         return
             if part.rows is None:
                 return
+            if part.once:
+                self._say_fewer(part, cursor.taken)
+                return
             cursor = Cursor(first, cursor.row, taken=cursor.taken)
+
+    def _say_fewer(self, part: SourcePart, found: int) -> None:
+        """Warn, once, that a part has fewer rows than were asked for."""
+        if part not in self._fewer:
+            self._fewer.append(part)
+            log.warning("%s: it has %d rows, fewer than `rows: %d`; each is scored once", part.name, found, part.rows)
 
     def _source_rows(self, part: SourcePart, source: RowSource, start: Cursor) -> Iterator[Row]:
         """Yield the rows of one source from `start` on, each as often as the part's weight says."""
@@ -193,6 +208,7 @@ class DataSource:
                 "entry": entry.name if entry is not None else None,
                 "weight": part.weight if part.weight != 1 else None,
                 "rows": part.rows,
+                "once": part.once and part.rows is not None,
                 "columns": dict(entry.columns) if entry is not None else None,
                 "format": entry.format if entry is not None else None,
             }

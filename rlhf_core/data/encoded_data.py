@@ -45,6 +45,7 @@ class EncodedData(ABC):
         options: DatasetConfig | None = None,
         record: str | None = None,
         told: bool = False,
+        held_out: bool = False,
     ) -> None:
         """Open `data` and check it.
 
@@ -55,6 +56,7 @@ class EncodedData(ABC):
             options: how rows are read; the defaults where None.
             record: the record type, where the class reads several; the first of them where None.
             told: whether what becomes of plain text was said of other rows of the same run.
+            held_out: whether the rows are to be scored, each of them once.
 
         Raises:
             DataError: the data can't be read, or a row isn't what its record type needs.
@@ -67,7 +69,7 @@ class EncodedData(ABC):
                 f"{type(self).__name__} doesn't read `{self.record}`", fix=f"use {', '.join(self.records)}"
             )
         self.options = options or DatasetConfig()
-        self.source = open_source(data, split=self.options.split, streaming=self.streaming)
+        self.source = open_source(data, split=self.options.split, streaming=self.streaming, once=held_out)
         self.source_state = self.source.state()
         self.encoder = Encoder.with_options(tokenizer, self.record, self.options, max_length)
         self.report = DataReport(

@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ _SPLITS = {
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
-def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> DataSource:
+def open_source(data: Any, *, split: str = "train", streaming: bool = False, once: bool = False) -> DataSource:
     """Open data of any kind as a source of rows. Files are read when their rows are.
 
     Args:
@@ -53,6 +54,7 @@ def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> 
             an entry (`{"path": …, "weight": 2}`, see `DataFile`).
         split: which split to take, where the data come in splits.
         streaming: whether `datasets` streams what it loads from the hub, rather than downloading it first.
+        once: whether each row comes once, also where an entry has fewer than its `rows`.
 
     Raises:
         ConfigError: an entry is wrong, or the shares don't add up.
@@ -72,7 +74,8 @@ def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> 
     ranges: list[tuple[float, list[int]]] = []
     for share, numbers in groups:
         ranges.append((share, list(range(len(parts), len(parts) + len(numbers)))))
-        parts += [_part(entries[number], names[number], split, streaming, known=several) for number in numbers]
+        opened = (_part(entries[number], names[number], split, streaming, known=several) for number in numbers)
+        parts += [replace(part, once=once) for part in opened]
     return DataSource(parts, ranges if len(ranges) > 1 else ())
 
 

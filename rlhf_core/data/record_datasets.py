@@ -68,7 +68,13 @@ _STREAMING = (StreamingSFTDataset, StreamingPreferenceDataset, StreamingKTODatas
 
 
 def open_dataset(
-    data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, config: TrainerConfig, told: bool = False
+    data: Any,
+    record: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: TrainerConfig,
+    told: bool = False,
+    held_out: bool = False,
 ) -> EncodedData:
     """Open and check `data` as rows of the record type `record`: map-style, or streaming where the configuration says so.
 
@@ -78,6 +84,7 @@ def open_dataset(
         tokenizer: the model's fast tokenizer.
         config: its `max_length` and `dataset` options are used.
         told: whether what becomes of plain text was said of other rows of the same run.
+        held_out: whether the rows are to be scored, each of them once.
 
     Raises:
         DataError: a row isn't what its record type needs.
@@ -88,5 +95,11 @@ def open_dataset(
     if record not in classes:
         raise ConfigError(f"unknown record type `{record}`", place="record", fix=did_you_mean(record, classes))
     return classes[record](
-        data, tokenizer, max_length=config.length_limit, options=config.dataset, record=record, told=told
+        data,
+        tokenizer,
+        max_length=config.length_limit,
+        options=config.dataset,
+        record=record,
+        told=told,
+        held_out=held_out,
     )

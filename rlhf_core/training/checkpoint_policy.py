@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rlhf_core.config.run_file import is_object
 from rlhf_core.config.training import DatasetConfig, LoraConfig
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.data.text_options import save_text_options
@@ -27,16 +28,24 @@ def _options(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the options of a checkpoint's run.
 
     Raises:
-        ModelError: its record of them is missing or damaged.
+        ModelError: its record of them is missing or damaged, or its model was an object in Python.
     """
     place = checkpoint.path.parent.parent / "config.yaml"
     try:
-        return load_yaml(place)[0]
+        options = load_yaml(place)[0]
     except RLHFError as error:
         fix = "copy the whole run, with its config.yaml"
         raise ModelError(
             "the options of the checkpoint's run can't be read", place=str(place), got=error.problem, fix=fix
         ) from None
+    if is_object(options.get("model")):
+        raise ModelError(
+            "the run was started in Python with its model as an object, and no file has the model that these weights belong to",
+            place=str(checkpoint.path),
+            got=options["model"],
+            fix="name the run's `model/`, which is whole, or continue it in the program that made the object",
+        )
+    return options
 
 
 def checkpoint_policy(

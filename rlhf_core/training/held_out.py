@@ -11,7 +11,7 @@ import torch
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Evaluation, Loss, Pair, Trainer, Window
 from rlhf_core.data.encoded_data import EncodedData
-from rlhf_core.infra.errors import DataError, NumbersError, PluginError
+from rlhf_core.infra.errors import ConfigError, DataError, NumbersError, PluginError
 from rlhf_core.infra.out_of_memory import halve_until_fits, try_to_fit
 from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.models.batch_values import halves
@@ -38,6 +38,7 @@ def evaluate(trainer: Trainer[Any], dataset: EncodedData, run: RunContext) -> di
     restored afterwards.
 
     Raises:
+        ConfigError: a file's metric has the name of another metric.
         DataError: no held-out row has anything to score.
     """
     config, distribution = trainer.config, run.distribution
@@ -61,7 +62,11 @@ def evaluate(trainer: Trainer[Any], dataset: EncodedData, run: RunContext) -> di
         raise DataError("no held-out row has anything to score", place="eval_data", fix="use rows with response tokens")
     if len(scores) > 1:
         for entry, score in scores.items():
-            values |= {f"{entry}_{name}": value for name, value in _averages(trainer, [score], distribution).items()}
+            own = {f"{entry}_{name}": value for name, value in _averages(trainer, [score], distribution).items()}
+            if twice := next((name for name in own if name in values), None):
+                problem = f"two metrics would be called `eval_{twice}`, one of them that of the entry `{entry}`"
+                raise ConfigError(problem, place="eval_data", fix="give the entry another `name`")
+            values |= own
     return {f"eval_{name}": value for name, value in values.items()}
 
 

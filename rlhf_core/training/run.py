@@ -277,10 +277,24 @@ class Run:
                 "run_resumed", step=step, changed=list(map(str, self.changes)), total_steps=self.total_steps
             )
             self._report_changes()
+            if self.stopped_early:
+                self._warn_of_early_stop()
         else:
             if self.resume:
                 log.warning("%s holds no run to resume: starting one at step 0", output)
             self.logger.event("run_started", total_steps=self.total_steps)
+
+    def _warn_of_early_stop(self) -> None:
+        """Warn that a resumed run was ended early, and so makes no further step, and say what would let it."""
+        by_patience = self.evaluations.stopped_early
+        mend = (
+            "a larger `early_stopping.patience`, allowed by `--allow-change early_stopping.patience`,"
+            if by_patience
+            else "a larger `kl_budget`"
+        )
+        log.warning(
+            "the run was stopped early, and makes no further step: %s; %s lets it go on", self._stopped_because(), mend
+        )
 
     def _report_changes(self) -> None:
         """Log from which step on which options are others, and how that changes the learning rate."""
@@ -288,7 +302,8 @@ class Run:
         for change in self.changes:
             log.info("changed from step %d on: %s", step + 1, change)
         before = self.progress.metrics.get("learning_rate")
-        if self.changes and before is not None and self.total_steps is not None and step < self.total_steps:
+        going_on = self.total_steps is not None and step < self.total_steps and not self.stopped_early
+        if self.changes and before is not None and going_on:
             now = self.schedule(step + 1 + (self.progress.skipped if self.setup.config.max_steps is None else 0))
             if now != before:
                 log.info("the learning rate was %.3g at step %d, and is %.3g at step %d", before, step, now, step + 1)

@@ -38,7 +38,7 @@ def open_data(trainer: Trainer[Any], tokenizer: Any) -> tuple[EncodedData, Encod
     if held_out is None:
         return dataset, None
     told = dataset.encoder.plain or dataset.encoder.wrapped
-    return dataset, open_dataset(trainer.eval_data, record, tokenizer, config=held_out, told=told)
+    return dataset, open_dataset(trainer.eval_data, record, tokenizer, config=held_out, told=told, held_out=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ from rlhf_core import registry
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.open_source import data_entries
 from rlhf_core.infra.environment import describe_environment
-from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
+from rlhf_core.infra.errors import (
+    ConfigError,
+    DataError,
+    LostProcess,
+    ModelError,
+    PluginError,
+    RLHFError,
+    Stopped,
+    StorageError,
+)
 from rlhf_core.infra.measured_choices import measured_choices, take_recorded
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.seeds import stream_seed
@@ -23,6 +32,9 @@ if TYPE_CHECKING:
     from rlhf_core.training.run import Run
 
 log = logging.getLogger(__name__)
+
+_REFUSALS = (ConfigError, DataError, ModelError)
+"""Errors that a resume may end with before anything of the run is read on: the run is what it was before."""
 
 STREAMS = ("model", "training", "evaluation")
 """The named random streams whose seeds the record shows."""
@@ -242,7 +254,7 @@ def record_failure(run: Run, error: BaseException) -> None:
     silent = isinstance(error, LostProcess) and error.silent
     known = silent or (consequence and run.directory.fault_recorded(run.trainer.output))
     try:
-        if run.distribution.is_main and run.directory.continued and not run.recorded and isinstance(error, ConfigError):
+        if run.distribution.is_main and run.directory.continued and not run.recorded and isinstance(error, _REFUSALS):
             run.directory.end_refused(code, text)
         elif run.distribution.is_main:
             run.directory.end(status, code, step=step, message=text, consequence=consequence)

@@ -127,6 +127,20 @@ def test_a_relative_file_gives_relative_paths(beside: Path) -> None:
     assert found["dataset"] == values["dataset"]
 
 
+def test_names_on_the_hub_to_push_to_and_tokens_are_no_paths(beside: Path) -> None:
+    (beside / "owner/name").mkdir(parents=True)
+    values = {
+        "push_to_hub": "owner/name", "new_tokens": ["owner/name"], "dataset": {"special_tokens": ["owner/name"]},
+        "generation": {"stop": "owner/name"}, "freeze": ["owner/name"],
+    }  # fmt: skip
+    assert find_beside(values, beside / "run.yaml") == values
+    assert (
+        find_beside({"push_to_hub": {"repo": "owner/name"}}, beside / "run.yaml")["push_to_hub"]["repo"] == "owner/name"
+    )
+    # A model or data of that name are what is there, as in the working directory.
+    assert find_beside({"model": "owner/name"}, beside / "run.yaml")["model"] == f"{beside}/owner/name"
+
+
 def test_the_message_says_where_a_path_was_looked_for(beside: Path) -> None:
     file = beside / "run.yaml"
     file.write_text("method: sft\nmodel: models/tiny/\ndata: rows/b.jsonl\n")

@@ -168,6 +168,8 @@ SFT: dict[str, Any] = {
         pytest.param({"optimizer": "adamw_8bit"}, 1e-2, id="adamw_8bit"),
         pytest.param({"neftune_alpha": 5.0}, 1e-3, id="neftune"),
         pytest.param({"freeze": ["embed_tokens", "layers.0.*"]}, 1e-3, id="freeze"),
+        # The group of processes has threads by then, and each process is forked to encode its rows.
+        pytest.param({"dataset": {"processes": 2}}, 1e-3, id="forks"),
     ],
 )
 def test_an_option_of_training_does_the_same_in_one_process_and_two(

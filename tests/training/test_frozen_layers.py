@@ -14,6 +14,7 @@ from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.models import PolicyModel
+from rlhf_core.models.diagonal_fisher import DiagonalFisher
 from rlhf_core.models.loading import ModelOutline
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.training.parameter_counts import count_parameters
@@ -56,6 +57,20 @@ def test_gradients_of_the_others_are_those_without() -> None:
         found.append(made.policy.network.state_dict())
     moved = [name for name in found[0] if "layers.0" not in name]
     assert all(torch.equal(found[0][name], found[1][name]) for name in moved)
+
+
+def test_elastic_weights_hold_what_is_trained_alone(tmp_path: Path) -> None:
+    start = {name: one.detach().clone() for name, one in policy().network.named_parameters()}
+    anchor = {name: one + 1 for name, one in start.items()}
+    DiagonalFisher({name: torch.ones_like(one) for name, one in start.items()}, anchor).save(tmp_path / "fisher")
+    made = sft(
+        freeze=["embed_tokens", "layers.0"], max_steps=1, ewc={"fisher": [str(tmp_path / "fisher")], "weight": 0.2}
+    )
+    penalty = made.train().metrics["ewc_penalty"]
+    trained = [name for name in start if not any(part in name for part in FIRST)]
+    assert penalty == pytest.approx(0.1 * sum(start[name].numel() for name in trained), rel=1e-4)
+    after = dict(made.policy.network.named_parameters())
+    assert {name for name in start if not torch.equal(start[name], after[name])} == {*trained}
 
 
 def test_a_resumed_run_is_the_run_that_went_on(tmp_path: Path) -> None:

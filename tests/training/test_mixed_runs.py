@@ -124,3 +124,39 @@ def test_one_path_may_be_trained_and_scored_on_with_splits_of_its_own(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text()) is not None
     with pytest.raises(ConfigError, match="held-out rows have no share"):
         run(data, tmp_path / "no", eval_data=[{"path": str(folder), "share": 0.5}, str(folder)], max_steps=2).train()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_held_out_file_of_fewer_rows_than_its_count_is_scored_once(tmp_path, caplog, streaming):
+    seen = []
+
+    class Scored(ToyTrainer):
+        def evaluate(self, batch, run):
+            seen.extend(batch.rows)
+            return super().evaluate(batch, run)
+
+    files = written(tmp_path)
+    held_out = [{"path": files["odd"], "rows": 100}, {"path": files["hard"], "rows": 2}]
+    run(files["easy"], None, kind=Scored, eval_data=held_out, streaming=streaming, max_steps=1).train()
+    assert len(seen) == len(set(seen)) == len(ROWS[33:]) + 2
+    assert f"it has {len(ROWS[33:])} rows, fewer than `rows: 100`; each is scored once" in caplog.text
+    assert "`rows: 2`" not in caplog.text
+
+
+def test_a_held_out_file_whose_metric_has_the_name_of_a_term_is_refused(tmp_path):
+    class Doubled(ToyTrainer):
+        def loss(self, batch):
+            found = super().loss(batch)
+            terms = {**found.terms, "other": found.terms["nll"]}
+            return Loss(terms, {**found.metrics, "other": found.metrics["mean_logp"]})
+
+        def weights(self, batch):
+            found = super().weights(batch)
+            return {**found, "other": found["nll"]}
+
+    files = written(tmp_path)
+    named = [{"path": files["hard"], "name": "loss"}, files["odd"]]
+    with pytest.raises(
+        ConfigError, match=r"two metrics would be called `eval_loss_other`.*the entry `loss`; fix: give"
+    ):
+        run(files["easy"], None, kind=Doubled, eval_data=named, max_steps=1).train()

@@ -14,6 +14,7 @@ from rlhf_plugins.trainers.sft import SFTConfig, SFTTrainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_core.infra.errors import ConfigError, ModelError
+from rlhf_core.publishing.export_model import export_model
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 PAIRS = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "no"} for n in range(4)]
@@ -71,6 +72,16 @@ def test_a_resume_takes_the_model_as_it_was_at_the_start(tmp_path: Path) -> None
     again = tiny_model()
     sft(again, tmp_path / "run", checkpoint={"every": 1}).train(resume=True)
     assert same(weights(again), weights(whole))
+
+
+def test_its_checkpoints_are_not_whole_models(tmp_path: Path) -> None:
+    sft(tiny_model(), tmp_path / "run").train()
+    with pytest.raises(
+        ModelError, match=r"with its model as an object.*got <LlamaForCausalLM>; fix: name the run's `model/`"
+    ):
+        export_model(tmp_path / "run/checkpoints/step-2", tmp_path / "out")
+    export_model(tmp_path / "run", tmp_path / "out")
+    assert same(weights(read(tmp_path / "out")), weights(read(tmp_path / "run/model")))
 
 
 def test_narrow_weights_are_trained_in_float32_and_saved_as_they_came(tmp_path: Path) -> None:

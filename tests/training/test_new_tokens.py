@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from rlhf_plugins.trainers.dpo import DPOTrainer
 from rlhf_plugins.trainers.reward_model import RewardModelTrainer
 from rlhf_plugins.trainers.sft import SFTTrainer
 from torch import Tensor
@@ -118,6 +120,22 @@ def test_a_resumed_run_is_the_run_that_went_on(
     cut = trainer(str(base), tmp_path / "cut", **options)
     cut.train(resume=True)
     assert torch.equal(logits(whole.policy.network), logits(cut.policy.network))
+
+
+def test_the_reference_has_the_new_rows_as_they_began(base: Path) -> None:
+    """With the adapter off, their updates are off too: the losses are those of a copy."""
+    pairs = [{"prompt": f"{one} = ", "chosen": f"<think>{one}", "rejected": f"{one}</think>"} for one in range(8)]
+    losses: dict[str, list[float]] = {"auto": [], "copy": []}
+    for reference, seen in losses.items():
+        values = {
+            "batch_size": 4, "max_steps": 3, "max_length": 64, "learning_rate": 3e-2, "dataset": {"wrap": "none"},
+            "lora": {"rank": 4}, "new_tokens": NEW, "reference": reference,
+        }  # fmt: skip
+        made = DPOTrainer(DPOTrainer.Config.parse(values), model=str(base), data=pairs)
+        made.callbacks = {"on_step": lambda metrics, seen=seen: seen.append(metrics["loss"])}
+        made.train()
+    assert losses["auto"] == pytest.approx(losses["copy"], rel=1e-5) and losses["auto"][0] == pytest.approx(math.log(2))
+    assert losses["auto"][-1] < 0.6
 
 
 CHATML = ["<|im_start|>", "<|im_end|>"]

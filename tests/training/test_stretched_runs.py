@@ -167,7 +167,7 @@ def test_names_that_no_option_has_and_changes_of_new_runs_are_refused(tmp_path: 
     assert reason_against("optimizer.beta1") is None and reason_against("dataset.columns.prompt") is not None
 
 
-def test_early_stopping_can_be_added_or_made_more_patient(tmp_path: Path) -> None:
+def test_early_stopping_can_be_added_or_made_more_patient(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {**CONSTANT, "eval_rows": ROWS[:4], "eval_steps": 1}
     watched = {"metric": "eval_loss", "mode": "max", "keep_best": False}  # it falls at every step, which is worse here
     toy(tmp_path, max_steps=2, **options).train()
@@ -176,6 +176,14 @@ def test_early_stopping_can_be_added_or_made_more_patient(tmp_path: Path) -> Non
         toy(tmp_path, early_stopping={**watched, "patience": 2}, **options).train(resume=True)
     added = toy(tmp_path, early_stopping={**watched, "patience": 2}, **options)
     assert added.train(resume=True, allow_change=["early_stopping"]).step == 5
-    patient = toy(tmp_path, early_stopping={**watched, "patience": 4}, **options)
+    assert "makes no further step" not in caplog.text
+    longer = {**options, "max_steps": 12}
+    assert toy(tmp_path, early_stopping={**watched, "patience": 2}, **longer).train(resume=True).step == 5
+    assert "the run was stopped early, and makes no further step: 2 evaluations without improvement" in caplog.text
+    assert (
+        "a larger `early_stopping.patience`, allowed by `--allow-change early_stopping.patience`, lets it go"
+        in caplog.text
+    )
+    patient = toy(tmp_path, early_stopping={**watched, "patience": 4}, **longer)
     result = patient.train(resume=True, allow_change=["early_stopping.patience"])
     assert (result.step, result.stopped_early) == (7, True)
