@@ -144,10 +144,15 @@ class _MissingColumn:
             return f"`{which}` says which answer is the better one: write that one as `chosen`, the other as `rejected`"
         if len(missing) > 1:
             return self._several(missing, free)
-        near = nearest(self.own, free) or (free[0] if len(free) == 1 else None)
-        if near is not None:
-            return _set({self.name: near})
+        if (slip := nearest(self.own, free)) is not None:
+            return self._meant(slip)
+        if len(free) == 1:
+            return _set({self.name: free[0]})
         return _set({self.name: "COLUMN"}, free) if free else self._given([self.own])
+
+    def _meant(self, column: str) -> str:
+        """Return the fix where a column's name is nearly that of the field."""
+        return f"did you mean `{self.own}` by `{column}`? rename it, or {_set({self.name: column})}"
 
     def _several(self, missing: Sequence[str], free: Sequence[str]) -> str:
         """Return the fix where several fields are missing, the prompt or both answers of a pair among them."""
@@ -163,7 +168,9 @@ class _MissingColumn:
         """Return the fix for a field that is neither the prompt nor a response."""
         free = self.candidates()
         switches = [key for key in free if isinstance(self.values[key], bool)]
-        near = nearest(self.own, free) or (switches if len(switches) == 1 else [None])[0]
+        if (slip := nearest(self.own, free)) is not None:
+            return self._meant(slip)
+        near = (switches if len(switches) == 1 else [None])[0]
         near = free[0] if near is None and len(free) == 1 else near
         if near is not None or free:
             return _set({self.name: near}) if near is not None else _set({self.name: "COLUMN"}, free)

@@ -33,7 +33,7 @@ def test_missing_key_shows_found_keys_and_a_mapping(tiny, jsonl, streaming):
 
 def test_missing_key_prefers_the_nearest_name(tiny):
     error = fault(tiny, [{"promt": "a", "frage": "q", "response": "b"}], "sft")
-    assert "{prompt: promt}" in error
+    assert "did you mean `prompt` by `promt`? rename it, or set `dataset.columns` to `{prompt: promt}`" in error
 
 
 def test_columns_map_the_data_s_names(tiny):
