@@ -218,4 +218,7 @@ def test_rows_of_another_contract_are_recognised(tiny):
         ({**row, "label": True}, "unpaired"),
     ):
         error = fault(tiny, [given], "preference")
-        assert f"fix: these look like `{name}` rows, for another method; or give each row a `chosen` and a `rejected`" in error
+        assert (
+            f"fix: these look like `{name}` rows, for another method; or give each row a `chosen` and a `rejected`"
+            in error
+        )
