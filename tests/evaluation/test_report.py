@@ -124,6 +124,28 @@ def test_two_runs_beside_each_other(tmp_path: Path) -> None:
     assert "Solve rate of groups: a/grpo" in found.titles and found.titles.count("Loss") == 1
 
 
+@pytest.mark.usefixtures("without_charts")
+@pytest.mark.parametrize(("files", "difference"), [("1", "+0.1"), ("2", "–")])
+def test_kls_of_two_runs_have_a_difference_where_the_reference_is_the_same(
+    tmp_path: Path, files: str, difference: str
+) -> None:
+    runs = []
+    for name, weights, value in (("a", "1", 0.2), ("b", files, 0.3)):
+        (path := tmp_path / name).mkdir()
+        (path / "run.json").write_text('{"status": "done"}')
+        models = {"policy": {"source": "m", "files": {"model.safetensors": weights}}}
+        (path / "models.json").write_text(json.dumps(models))
+        metrics = {"eval_kl": value, "eval_test_kl": value, "eval_accuracy": 0.5}
+        (path / "events.jsonl").write_text(json.dumps({"event": "evaluated", "step": 3, "metrics": metrics}) + "\n")
+        runs.append(path)
+    words = " ".join(Page(report_page(*runs)).text.split())
+    assert (
+        f" kl 0.2 0.3 {difference}" in words
+        and f"test_kl 0.2 0.3 {difference}" in words
+        and "accuracy 0.5 0.5 +0" in words
+    )
+
+
 def test_curves_of_two_runs_have_a_colour_each(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / name, steps=steps), name) for name, steps in (("a", 12), ("b", 8))]
     chart = loss_charts(runs)[0]

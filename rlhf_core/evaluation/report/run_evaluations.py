@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from rlhf_core.evaluation.report.blocks import Block, Cell, Section, Table
 from rlhf_core.evaluation.report.chart_data import Interval, Intervals, Line, LineChart
@@ -49,19 +51,34 @@ def _before_and_after(run: RunHistory, drawing: PageCharts) -> list[Block]:
 
 
 def _side_by_side(runs: Sequence[RunHistory], drawing: PageCharts) -> list[Block]:
-    """Return the last evaluations of two runs."""
+    """Return the last evaluations of two runs; KLs to different references have no difference."""
     columns = {run.name: measurements(run.evaluations[-1].metrics if run.evaluations else {}) for run in runs}
-    return _compared(columns, drawing, "difference", paired=False)
+    references = [_reference(run) for run in runs]
+    apart = {"kl"} if any(one != references[0] for one in references) else set[str]()
+    return _compared(columns, drawing, "difference", paired=False, apart=apart)
+
+
+def _reference(run: RunHistory) -> Any:
+    """Return what tells a run's reference from others: the hashes of its files, else its name."""
+    model = run.models.get("reference", run.models.get("policy"))
+    model = model if isinstance(model, Mapping) else {}
+    return model.get("files") or model.get("source") or run.options.get("model")
 
 
 def _compared(
-    columns: Mapping[str, Measurements], drawing: PageCharts, change: str = "", *, paired: bool = True
+    columns: Mapping[str, Measurements],
+    drawing: PageCharts,
+    change: str = "",
+    *,
+    paired: bool = True,
+    apart: Collection[str] = (),
 ) -> list[Block]:
     """Return measurements as a table and, those that are shares, as a chart.
 
     Args:
         change: heading of the column with the difference of the two columns; empty where there is one.
         paired: whether they are of the same rows, so that the interval of the difference isn't known from theirs.
+        apart: last words of the names of metrics that can't be set against each other.
     """
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows, items = [], []
@@ -69,7 +86,8 @@ def _compared(
         values = [column.get(name) for column in columns.values()]
         cells = [Cell("–" if one is None else str(one)) for one in values]
         if change:
-            cells.append(Cell(_difference(*values, paired=paired)))
+            alike = re.split(r"[/_]", name)[-1] not in apart
+            cells.append(Cell(_difference(*values, paired=paired) if alike else "–"))
         rows.append([Cell(name), *cells])
         for label, one in zip(columns, values, strict=True):
             if one is not None and one.a_share:
