@@ -2,21 +2,30 @@
 
 Forked processes begin with all that is open and imported here, so nothing is loaded again, and share its memory until they write
 to it. What a call changes in Python's objects stays in its process: the function returns what is needed.
+
+Each process has a pipe of its own, and nothing here is shared between processes or done by a thread: one that is killed, at any
+moment, ends its own calls and holds nobody up. (The pools of the standard library share a pipe for results. A process that dies
+while it writes to it leaves the rest waiting for ever.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import multiprocessing
 import os
+import pickle
+import queue
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from rlhf_core.infra.child_process import end_with_parent
@@ -46,6 +55,27 @@ def usable_processors() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(eq=False)
+class _Call:
+    """One argument, and what became of it."""
+
+    argument: Any
+    child: _Child | None = None
+    """Where it runs; None once it has ended, or was never handed out."""
+    result: Any = None
+    """None, too, of a call that failed."""
+
+
+@dataclass(eq=False)
+class _Child:
+    """A forked process."""
+
+    process: ForkProcess
+    pipe: Connection
+    calls: deque[_Call] = field(default_factory=deque)
+    """Handed out and not ended, in the order in which it does them."""
+
+
 def forked_calls(
     function: Callable[[Argument], Result], arguments: Iterable[Argument], processes: int
 ) -> Generator[tuple[Argument, Result | None]]:
@@ -59,16 +89,9 @@ def forked_calls(
         function: what is called, in a process without SIGINT, whose default SIGTERM ends it.
         processes: how many there are, at least one; they end with this process.
     """
-    waiting: deque[tuple[Argument, Future[Result] | None]] = deque()
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_begin,
-        initargs=(os.getpid(), function),
-    )
+    waiting: deque[_Call] = deque()
     error: BaseException | None = None
-    try:
+    with _forked(function, processes) as children:
         items = iter(arguments)
         while error is None or waiting:
             if error is None and len(waiting) < _AHEAD * processes:
@@ -79,63 +102,127 @@ def forked_calls(
                 except Exception as raised:
                     error = raised
                 else:
-                    waiting.append((argument, _submitted(pool, argument)))
+                    waiting.append(_handed_out(argument, children))
                 continue
-            argument, future = waiting.popleft()
-            yield argument, _result_of(future)
-    except BaseException:
-        # Calls that are handed out would be waited for: whoever stops a run may not wait as long.
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            call = waiting.popleft()
+            while call.child is not None:
+                _take_results(children)
+            yield call.argument, call.result
     if not isinstance(error, StopIteration):
         raise error
 
 
-def _submitted(pool: ProcessPoolExecutor, argument: Any) -> Future[Any] | None:
-    """Hand a call out; None where the processes have ended or can't be started."""
-    # The first call starts the processes: a signal that reached them before `_begin` would be answered as by this process.
+@contextlib.contextmanager
+def _forked(function: Callable[[Any], Any], processes: int) -> Iterator[list[_Child]]:
+    """Fork processes, and end them with the context: in their own time at its end, at once where an error ends it."""
+    children: list[_Child] = []
+    context = multiprocessing.get_context("fork")
+    # A signal that reached them before they have set their handlers would be answered as by this process.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        return pool.submit(_call, argument)
-    except (BrokenProcessPool, OSError) as error:
-        log.debug("a call isn't handed out: %s", error)
-        return None
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            inherited = [child.pipe for child in children] + [ours]
+            process = context.Process(target=_serve, args=(os.getpid(), function, theirs, inherited), daemon=True)
+            try:
+                process.start()
+            except OSError as problem:
+                log.debug("no process is forked: %s", problem)
+                break
+            theirs.close()  # so that its end is seen here
+            children.append(_Child(process, ours))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _result_of(future: Future[Any] | None) -> Any | None:
-    if future is None:
-        return None
+    everyone = list(children)
     try:
-        return future.result()
-    except Exception as error:  # The call's, or that of a process which ended.
-        log.debug("a call failed in its process: %s", error)
-        return None
+        yield children
+    except BaseException:
+        # Calls that are handed out would be waited for: whoever stops a run may not wait as long.
+        for child in everyone:
+            child.process.kill()
+        raise
+    finally:
+        for child in everyone:
+            child.pipe.close()
+            child.process.join()
+            child.process.close()
 
 
-_function: Callable[[Any], Any] | None = None
-"""What this process calls, where it was forked for calls."""
+def _handed_out(argument: Any, children: list[_Child]) -> _Call:
+    """Hand a call to the process that has fewest; where it can't be, or no process is left, it has failed."""
+    call = _Call(argument)
+    try:
+        message = ForkingPickler.dumps(argument)
+    except Exception as error:
+        log.debug("an argument can't be handed out: %s", error)
+        return call
+    while children and call.child is None:
+        child = min(children, key=lambda one: len(one.calls))
+        try:
+            child.pipe.send_bytes(message)
+        except OSError:
+            _end(child, children)
+        else:
+            call.child = child
+            child.calls.append(call)
+    return call
 
 
-def _begin(parent: int, function: Callable[[Any], Any]) -> None:
-    """Prepare a forked process."""
-    global _function
+def _take_results(children: list[_Child]) -> None:
+    """Wait until a process has a result, or ends; take what is there."""
+    by_pipe = {child.pipe: child for child in children}
+    for pipe in wait(list(by_pipe)):
+        child = by_pipe[pipe]  # type: ignore[index]
+        try:
+            done, result = pickle.loads(child.pipe.recv_bytes())
+        except (EOFError, OSError):
+            _end(child, children)
+            continue
+        call = child.calls.popleft()
+        call.child = None
+        if done:
+            call.result = result
+        else:
+            log.debug("a call failed in its process: %s", result)
+
+
+def _end(child: _Child, children: list[_Child]) -> None:
+    """Take note that a process has ended: its calls have failed."""
+    log.debug("a process for calls has ended with %d calls", len(child.calls))
+    children.remove(child)
+    for call in child.calls:
+        call.child = None
+    child.calls.clear()
+
+
+# In a forked process
+
+
+def _serve(parent: int, function: Callable[[Any], Any], pipe: Connection, inherited: Sequence[Connection]) -> None:
+    """Answer each argument that comes with the result of its call, until no more come."""
     end_with_parent(parent)
+    for other in inherited:
+        other.close()  # else the end of the process that it belongs to wouldn't be seen
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # its threads aren't in this process, and the others use the processors
-    )
+    # Its threads aren't in this process, and the others use the processors.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # what the parent made isn't written to by collections, so it stays shared
-    _function = function
+    messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, messages), daemon=True).start()
+    while (message := messages.get()) is not None:
+        try:
+            answer = ForkingPickler.dumps((True, function(pickle.loads(message))))
+        except Exception as error:
+            answer = ForkingPickler.dumps((False, repr(error)))
+        pipe.send_bytes(answer)
 
 
-def _call(argument: Any) -> Any:
-    assert _function is not None
-    return _function(argument)
+def _receive(pipe: Connection, messages: queue.SimpleQueue[bytes | None]) -> None:
+    """Take arguments as they come: who hands one out doesn't wait until the one before is done. None stands at their end."""
+    try:
+        while True:
+            messages.put(pipe.recv_bytes())
+    except (EOFError, OSError):
+        messages.put(None)

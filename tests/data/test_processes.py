@@ -34,6 +34,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "rlhf_core"
 
 
+@pytest.fixture(autouse=True)
+def no_threads_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier tests of this process left, such as a reward that hangs in a thread, doesn't count as a thread here."""
+    left = set(threading.enumerate()) - {threading.current_thread()}
+    monkeypatch.setattr(threading, "active_count", lambda: len(set(threading.enumerate()) - left))
+
+
 def _sft(number: int) -> dict[str, Any]:
     if number % 7 == 3:
         return {"question": f"{number} " + "x" * (number % 90), "answer": "y" * (number % 50 + 1), "id": number}
@@ -132,9 +139,29 @@ def _squared(number: int) -> int:
 def test_calls_that_fail_have_no_result_and_hide_no_other() -> None:
     found = dict(forked_calls(_squared, [0, 1, 2, 3, 4], 2))
     assert found == {0: 0, 1: 1, 2: 4, 3: None, 4: 16}
-    # Where a process is killed the others end, too: the caller does the rest.
+    # A process that is killed loses its own calls alone.
     found = dict(forked_calls(_squared, range(12), 2))
-    assert list(found) == list(range(12)) and found[5] is None and found[11] is None
+    assert list(found) == list(range(12)) and found[5] is None
+    assert all(found[number] in (None, number**2) for number in found) and found[11] == 121
+    # With the last one, all that is left is the caller's.
+    found = dict(forked_calls(_killed, range(6), 2))
+    assert found == dict.fromkeys(range(6))
+
+
+def _killed(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("taken", range(6))
+def test_processes_that_are_stopped_while_they_write_hold_nobody_up(taken: int) -> None:
+    calls = forked_calls(_many_bytes, range(100), 2)
+    for _ in range(taken):
+        next(calls)
+    calls.close()
+
+
+def _many_bytes(number: int) -> bytes:
+    return bytes(3_000_000 + number)
 
 
 def test_an_error_of_the_arguments_comes_after_the_results_before_it() -> None:

@@ -8,7 +8,16 @@ import warnings
 
 import pytest
 
-from rlhf_core.infra.library_logs import keep_libraries_quiet, log_libraries_at_debug
+from rlhf_core.infra.library_logs import LIBRARIES, keep_libraries_quiet, log_libraries_at_debug
+from rlhf_core.infra.log import LOGGER
+
+
+@pytest.fixture(autouse=True)
+def logging_as_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process: a command that another module's fixture ran has set up logging, and left it so."""
+    for name in (LOGGER, *LIBRARIES):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
 
 def test_records_and_warnings_of_libraries_are_logged_at_debug(
