@@ -185,13 +185,12 @@ def _require_writable(target: Path, found: SavedModel, *, overwrite: bool) -> No
 
 
 def _save_checkpoint(found: SavedModel, target: Path) -> Path:
-    """Save the policy of a checkpoint as the run would have saved it at its end; this takes the model's memory."""
+    """Save the model of a checkpoint as the run would have saved it at its end; this takes the model's memory."""
     # Only here is a model built, and transformers' models imported, which takes seconds.
-    from rlhf_core.infra.devices import DeviceManager
-    from rlhf_core.training.checkpoint_policy import checkpoint_policy
+    from rlhf_core.training.checkpoint_models import checkpoint_model
 
     assert found.checkpoint is not None
-    checkpoint_policy(found.checkpoint, "float32", DeviceManager("cpu")).save_pretrained(target)
+    checkpoint_model(found.checkpoint).save_pretrained(target)  # type: ignore[operator]
     return target
 
 

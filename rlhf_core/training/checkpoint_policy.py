@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,22 +16,27 @@ from rlhf_core.infra.errors import ModelError, RLHFError
 from rlhf_core.models import PolicyModel
 from rlhf_core.training.checkpoint import Checkpoint
 
-_POLICY = "policy."
+POLICY = "policy."
 """What the names of the policy's tensors in a checkpoint begin with."""
 
 
 def base_of(checkpoint: Checkpoint) -> str:
     """Return the model that the run of a checkpoint started from."""
-    return str(_options(checkpoint).get("model"))
+    return str(run_options(checkpoint).get("model"))
 
 
-def _options(checkpoint: Checkpoint) -> dict[str, Any]:
+def options_file(checkpoint: Checkpoint) -> Path:
+    """Return the file with every option of a checkpoint's run."""
+    return checkpoint.path.parent.parent / "config.yaml"
+
+
+def run_options(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the options of a checkpoint's run.
 
     Raises:
         ModelError: its record of them is missing or damaged, or its model was an object in Python.
     """
-    place = checkpoint.path.parent.parent / "config.yaml"
+    place = options_file(checkpoint)
     try:
         options = load_yaml(place)[0]
     except RLHFError as error:
@@ -62,11 +68,11 @@ def checkpoint_policy(
     Raises:
         ModelError: the model can't be loaded, the run trained no policy, or the checkpoint doesn't fit.
     """
-    options, place = _options(checkpoint), str(checkpoint.path)
+    options, place = run_options(checkpoint), str(checkpoint.path)
     tensors = {
-        name.removeprefix(_POLICY): tensor
+        name.removeprefix(POLICY): tensor
         for name, tensor in checkpoint.tensors("model").items()
-        if name.startswith(_POLICY)
+        if name.startswith(POLICY)
     }
     if not tensors:
         raise ModelError(

@@ -23,7 +23,7 @@ Card = Callable[[str, Path], str]
 log = logging.getLogger(__name__)
 
 PRIMARY = "policy"
-"""The role that is exported to `model/`."""
+"""The role that is exported to `model/` where it is trained."""
 
 
 def export_models(trainer: Trainer, distribution: Distribution, card: Card) -> Path | None:
@@ -36,11 +36,17 @@ def export_models(trainer: Trainer, distribution: Distribution, card: Card) -> P
     if output is None:
         return None
     trained = trained_roles(trainer)
-    main = PRIMARY if PRIMARY in trained else trained[0]
+    main = primary_role(trainer)
     for role in trained:
         target = output / ("model" if role == main else f"model_{role}")
         distribution.on_main(partial(_export, trainer.models[role], target, partial(card, role)))
     return output / "model"
+
+
+def primary_role(trainer: Trainer) -> str:
+    """Return the role that is exported to `model/`."""
+    trained = trained_roles(trainer)
+    return PRIMARY if PRIMARY in trained else trained[0]
 
 
 def _export(module: nn.Module, target: Path, card: Callable[[Path], str]) -> None:

@@ -104,7 +104,7 @@ class RunSetup:
         self._early = open_data_early(self.trainer)
         self.loader = Loader(self.trainer, self.devices, self.micro_batches)
         seed_everything(self.config.seed, "model")
-        self.parameters = _build_models(self.trainer, self.loader, self.devices)
+        self.parameters = build_models(self.trainer, self.loader, self.devices)
         self.micro_batches.fit(self.devices.device, _width(self.trainer.models))
 
     def open_data(self) -> None:
@@ -259,7 +259,7 @@ def _width(models: nn.Module) -> int | None:
     return max((width for width in widths if isinstance(width, int)), default=None)
 
 
-def _build_models(trainer: Trainer[Any], loader: Loader, devices: DeviceManager) -> dict[str, nn.Parameter]:
+def build_models(trainer: Trainer[Any], loader: Loader, devices: DeviceManager) -> dict[str, nn.Parameter]:
     """Set `trainer.models` and `trainer.reference`; return the trained parameters by name, a tied one once.
 
     Trained weights are float32 whatever the precision of products.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from rlhf_plugins.trainers.reward_model import RewardModelTrainer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,6 +129,39 @@ def test_adapters_of_every_kind_that_is_trained_fold_to_what_peft_computes(base:
     made = export_model(tmp_path / "adapter", tmp_path / "out", merged=True).output
     assert (expected - whole(base)).abs().max() > 0.05
     assert (logits(AutoModelForCausalLM.from_pretrained(made)) - expected).abs().max() < FOLDED
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora": {"rank": 2}}, {"ensemble": {"size": 2, "share_backbone": False}, "new_tokens": ["<+>"]}]
+)
+def test_a_checkpoint_of_a_reward_model_is_exported_with_its_heads(base: Path, tmp_path: Path, options: dict) -> None:
+    pairs = "".join(
+        json.dumps({"prompt": f"{n}<+>1=", "chosen": str(n + 1), "rejected": "no"}) + "\n" for n in range(4)
+    )
+    (tmp_path / "pairs.jsonl").write_text(pairs)
+    values = {
+        "batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "checkpoint": {"every": 1},
+        "dataset": {"wrap": "chat"},
+    }
+    config = RewardModelTrainer.Config.parse(values | options)
+    run = tmp_path / "run"
+    RewardModelTrainer(config, model=str(base), data=str(tmp_path / "pairs.jsonl"), output=run).train()
+
+    def files(directory: Path) -> dict[str, torch.Tensor]:
+        found = {str(path.relative_to(directory)): load_file(path) for path in directory.rglob("*.safetensors")}
+        return {f"{path}:{name}": tensor for path, file in found.items() for name, tensor in file.items()}
+
+    last = files(export_model(run / "checkpoints/step-2", tmp_path / "last").output)
+    expected = files(run / "model")
+    assert last.keys() == expected.keys() and all(torch.equal(last[name], one) for name, one in expected.items())
+    first = export_model(run / "checkpoints/step-1", tmp_path / "first").output
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in files(first).items())
+    again, done = (RewardModel.from_pretrained(path).tokenizer for path in (first, run / "model"))
+    assert again.init_kwargs["rlhf_core"] == done.init_kwargs["rlhf_core"] == {"wrap": "chat"}
+    assert "the weights of step 1" in (first / "README.md").read_text()
 
 
 def test_a_reward_model_keeps_its_head_in_float32(base: Path, tmp_path: Path) -> None:
