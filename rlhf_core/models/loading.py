@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -127,6 +128,8 @@ def load_model(
             base, options, kind=kind, dtype=dtype, labels=labels, quantisation=quantisation(lora)
         )
         check_weights(model, missing, source, base=base, headless=headless)
+        if "gguf_file" in options:
+            tokenizer = _of_file(tokenizer, model)
         loaded = Loaded(model, tokenizer, dtypes, None if "gguf_file" in options else _absolute(base))
         if adapters:
             _put_adapters(loaded, adapters, base, use=adapter, lora=lora, classifier=kind == "classifier")
@@ -488,6 +491,30 @@ def _load_tokenizer(places: list[str], options: dict[str, Any]) -> Any:
             last = error
     assert last is not None
     raise last
+
+
+def _of_file(tokenizer: Any, model: Any) -> Any:
+    """Return the tokenizer of a GGUF file without tokens behind the model's embeddings, which the file doesn't hold.
+
+    transformers adds GPT-2's `<|endoftext|>` to every byte-level vocabulary that lacks it, as Llama 3's does.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    surplus = {token["content"] for token in spec["added_tokens"] if token["id"] >= rows}
+    if not surplus or len(tokenizer) - len(surplus) > rows:
+        return tokenizer
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in surplus]
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if token not in surplus}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        chat_template=tokenizer.chat_template,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
 
 
 def _forget_gguf(model: Any) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gguf_files import TOKENS, write_gguf
 
 from rlhf_core.cli import main
 from rlhf_core.cli.model_argument import open_policy
 from rlhf_core.config.training import ModelConfig
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.models import PolicyModel
-from rlhf_core.testing.tiny import save_tiny
+from rlhf_core.testing.tiny import save_tiny, tiny_model
 
 
 def weights(policy: PolicyModel) -> dict[str, torch.Tensor]:
@@ -105,3 +108,16 @@ def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="is an empty directory, and no model"):
         opened(tmp_path / "empty")
+
+
+def test_a_gguf_file_is_sampled_from_and_chatted_with(
+    tmp_path: Path, rlhf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    path = str(write_gguf(tmp_path / "model.gguf", tiny_model(vocab_size=len(TOKENS))))
+    options = ["--model", path, "--prompts", "1+1=?", "--max-new-tokens", "3", "--dataset.wrap", "chat", "--json"]
+    code, out, err = rlhf("sample", "generate", *options)
+    assert code == 0 and json.loads(out)["prompt"] == "1+1=?", err
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    code, out, err = rlhf("chat", path, "--max-new-tokens", "3", "--seed", "0")
+    assert code == 0 and out.strip(), err
