@@ -30,12 +30,12 @@ def seeded() -> None:
 
 
 def shake(policy: PolicyModel) -> None:
-    """Change what the policy trains."""
+    """Change what the policy trains, by so little that rounding stays small."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def refusal(source: Path | str, **options: object) -> str:
