@@ -150,7 +150,7 @@ def configuration() -> str:
         "defaults give way to the preset, the preset to the file, the file to flags. A key that isn't known is an error that",
         "names the nearest one. Groups such as `lora` are nested in YAML and dotted as flags. `rlhf init METHOD` writes a",
         "commented file to begin with, and beside it the JSON schema by which editors check and complete it; `rlhf schema",
-        "METHOD` prints that schema (of a recipe's file `rlhf schema recipe`).",
+        "METHOD` prints that schema (of a recipe's file `rlhf schema recipe`, with each training stage's options by its method).",
         "`rlhf validate FILE` checks a file and the rows that it names without running it,",
         "every mistake at once, with what the run will take: steps, trained parameters, memory, time and disk.",
         "",

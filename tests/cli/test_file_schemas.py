@@ -89,5 +89,35 @@ def test_a_recipe_and_what_has_no_options(rlhf) -> None:
     assert faults("recipe", {"model": "m", "output": "o", "stages": [stage]}) == []
     assert faults("recipe", {"stages": []})
     assert faults("recipe", {"model": "m", "stages": [{"data": "d"}]})
+    found = faults("recipe", {"model": "m", "stages": [{**stage, "learning_rat": 1}]})
+    assert len(found) == 1 and "'learning_rat' was unexpected" in found[0]
     code, out, _ = rlhf("schema", "recipe")
     assert code == 0 and json.loads(out)["title"] == "Recipe of `rlhf run`"
+
+
+@pytest.mark.parametrize(
+    ("stage", "at"),
+    [
+        ({"kind": "sft", "beta": 0.1}, "'beta' was unexpected"),
+        ({"kind": "train", "method": "dpo", "beta": "big"}, "$.stages[0].beta"),
+        ({"method": "rlhf-core:dpo", "lora": {"r": 8}}, "$.stages[0].lora"),
+        ({"method": "sft", "output": "o"}, "'output' was unexpected"),
+        ({"method": "grpo", "processes": 0}, "$.stages[0].processes"),
+        ({"method": "reward_model", "ensemble": {"sise": 2}}, "$.stages[0].ensemble"),
+    ],
+)
+def test_a_training_stage_has_the_options_of_its_method(stage: dict[str, Any], at: str) -> None:
+    (found,) = faults("recipe", {"model": "m", "stages": [stage]})
+    assert at in found
+
+
+def test_what_training_stages_may_write() -> None:
+    stages: list[dict[str, Any]] = [
+        {"name": "first", "kind": "sft", "data": "d", "lora": True, "max_steps": "${STEPS}"},
+        {"method": "reward_model", "model": "first", "ensemble": {"size": 2}},
+        {"kind": "train", "method": "rlhf-core:grpo", "reward": "reward_model", "rewards": ["length"], "processes": 2},
+        {"method": "distill", "teacher": "first"},
+        {"method": "acme:theirs", "anything": 1},
+        {"kind": "merge", "method": "linear", "models": ["first", "grpo"]},
+    ]
+    assert faults("recipe", {"model": "m", "stages": stages}) == []
