@@ -37,15 +37,27 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
 
     Raises:
         DataError: a prompt (named `prompts[3]`) can't be read, is empty, holds an id that isn't in the vocabulary, or leaves no
-            room for a completion among the model's positions.
+            room for a completion among the model's positions; or one prompt is given in place of a list.
     """
     if isinstance(prompts, EncodedPrompts) and prompts.tokenizer is policy.tokenizer:
         return prompts.batch.to(policy.device)
+    if isinstance(prompts, str | Mapping) or _is_one_prompt(prompts := [*prompts]):
+        fix = "put it into a list: `[prompt]`"
+        raise DataError("a list of prompts is needed", place="prompts", got="one prompt", fix=fix)
     given = [_token_ids(prompt) for prompt in prompts]
     ids = [one for one in given if one is not None]
     if ids and len(ids) == len(given):
         return _batch_of_ids(policy, ids)
     return encode_prompts(policy, _as_rows(prompts))
+
+
+def _is_one_prompt(prompts: Sequence[Any]) -> bool:
+    """Tell whether the messages of a chat, or the ids of a prompt, are given where a list of such is needed."""
+    kinds = {
+        "message" if isinstance(one, Mapping) and "role" in one and "prompt" not in one else type(one)
+        for one in prompts
+    }
+    return kinds in ({"message"}, {int})
 
 
 def _token_ids(prompt: Any) -> list[int] | None:

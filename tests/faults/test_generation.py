@@ -197,7 +197,11 @@ def policy() -> PolicyModel:
         (["a", ""], {}, DataError, r"prompts\[1\]: the prompt is empty"),
         ([[{"role": "user", "content": ""}]], {}, DataError, r"prompts\[0\]: the prompt is empty"),
         ([[]], {}, DataError, r"prompts\[0\]: .* no messages"),
-        ([3], {}, DataError, r"prompts\[0\]"),
+        ([3.0], {}, DataError, r"prompts\[0\]"),
+        ("Hi there", {}, DataError, r"prompts: a list of prompts is needed; got one prompt; fix: .*`\[prompt\]`"),
+        ({"prompt": "Hi"}, {}, DataError, "a list of prompts is needed; got one prompt"),
+        (CHAT, {}, DataError, "a list of prompts is needed; got one prompt"),
+        ([5, 6, 7], {}, DataError, "a list of prompts is needed; got one prompt"),
         ([[*CHAT, {"role": "assistant", "content": "Yo"}]], {}, DataError, "ends on an assistant turn"),
         (["a"], {"temperature": -1.0}, ConfigError, "`temperature`: must be greater than or equal to 0"),
         (["a"], {"top_p": 0.0}, ConfigError, "`top_p`: must be greater than 0"),
@@ -205,7 +209,7 @@ def policy() -> PolicyModel:
     ],
 )
 def test_wrong_input_to_generate_is_refused(
-    policy: PolicyModel, prompts: list[Any], options: dict[str, Any], kind: type[RLHFError], message: str
+    policy: PolicyModel, prompts: Any, options: dict[str, Any], kind: type[RLHFError], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
         policy.generate(prompts, **options)
