@@ -50,7 +50,7 @@ def data(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Encode the rows as for this model; no weights are read.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Most rows to read of each file; 0 reads all.")] = 100_000,
-    mistakes: Annotated[int, typer.Option(min=1, help="How many lines of mistakes to print.")] = 20,
+    mistakes: Annotated[int, typer.Option(min=1, help="Most lines of mistakes; of more, some of each kind.")] = 20,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print as JSON, with every mistake up to a thousand.")
     ] = False,
@@ -145,8 +145,9 @@ def _print(survey: DataSurvey, model: str | None, most: int) -> None:
     how = " (recognised from the columns; `--method` says what they are for)" if survey.recognised else ""
     print_wrapped(f"record type: {survey.record}{how}")
     only = "" if survey.whole else "the first "
-    usable = "all" if report.kept == survey.rows else f"{report.kept:,}"
-    print_wrapped(f"rows: {only}{survey.rows:,} were read, {usable} can be used" + _epoch(survey))
+    usable = "all" if report.kept == survey.rows else f"{report.kept:,}" if report.kept else "none"
+    was = "was" if survey.rows == 1 else "were"
+    print_wrapped(f"rows: {only}{survey.rows:,} {was} read, {usable} can be used" + _epoch(survey))
     for shape, tally in report.shapes.items():
         print_wrapped(f"read as: {shape} ({_rows(tally['rows'])})")
     if report.labels:
@@ -213,7 +214,8 @@ def _print_lengths(survey: DataSurvey) -> None:
         return
     of = "" if survey.record in ("prompt", "reasoning") else " with its longest response"
     known = lengths.as_dict()
-    words = f"; {survey.words / len(lengths):,.0f} words per row" if lengths.unit != "tokens" else ""
+    count = f"{survey.words / len(lengths):,.0f}"
+    words = f"; {count} word{'s' * (count != '1')} per row" if lengths.unit != "tokens" else ""
     print_wrapped(
         f"{lengths.unit} per prompt{of}: median {known['median']:,}, mean {known['mean']:,.1f}, most {known['most']:,}{words}"
     )

@@ -21,11 +21,10 @@ from rlhf_core.infra.errors import ConfigError, Interrupted, StorageError
 if TYPE_CHECKING:
     from rlhf_core.contracts.result import TrainResult
     from rlhf_core.training.job import TrainingJob
-    from rlhf_core.training.run_forecast import RunForecast
 
 Checked = TypeVar("Checked")
 
-_SHOWN = 50
+_SHOWN = 20
 """Lines of mistakes that are printed."""
 
 log = logging.getLogger(__name__)
@@ -169,9 +168,9 @@ def validate(context: typer.Context, target: Target) -> None:
         return run_recipe.check(target)
     _refuse_flag(target)
     refuse_file_of_another(target, "train", checked=True)
-    job, found = _forecast(target, context.args)
+    job, lines = _forecast(target, context.args)
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
-    for line in [*found.lines(), _output_line(job)]:
+    for line in lines:
         print_text(line)
     return None
 
@@ -209,7 +208,7 @@ def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -
     from rlhf_core.config.training import models_beside
     from rlhf_core.data.open_source import data_entries
 
-    job, found = _forecast(target, flags)
+    job, taken = _forecast(target, flags, resume=resume, overwrite=overwrite)
     if resume and "output" not in job.places:
         raise _nothing_to_resume()
     lines = [
@@ -224,39 +223,41 @@ def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -
             used = "".join(f", {amount} {value:g}" for amount, value in amounts if value not in (1.0, None))
             kind = job.method.record_type(job.options)
             lines.append(f"{key}: {_place(str(entry.path))} (record type `{kind}`{used})")
-    lines += [*found.lines(), _output_line(job, resume=resume, overwrite=overwrite)]
+    lines += taken
     print("\n".join(f"# {line}" for line in lines))
     print(job.to_yaml(), end="")
-
-
-def _output_line(job: TrainingJob, *, resume: bool = False, overwrite: bool = False) -> str:
-    """Return where a run would write, and what it would do with what is there."""
-    from rlhf_core.training.run_directory import output_state
-
-    output = Path(str(job.run.output))
-    return f"output: {output} ({output_state(output, resume=resume, overwrite=overwrite)})"
 
 
 def _nothing_to_resume() -> ConfigError:
     return ConfigError("no run to continue is named", place="--resume", fix="give `--output DIR`")
 
 
-def _forecast(target: str, flags: list[str]) -> tuple[TrainingJob, RunForecast]:
-    """Return a run and what it would take; of one with mistakes print all, each on a line, and exit.
+def _forecast(
+    target: str, flags: list[str], *, resume: bool = False, overwrite: bool = False
+) -> tuple[TrainingJob, list[str]]:
+    """Return a run, and in lines what it would take and do with its directory; of one with mistakes print all, and exit.
 
     The exit code is 2 where the configuration has a mistake, else the lowest of theirs.
     """
     with quick_imports():
         from rlhf_core.training.job import check_job
+        from rlhf_core.training.run_directory import output_state, refuse_inputs_inside
         from rlhf_core.training.run_forecast import forecast
 
         checked = check_job(target, flags=flags)
     found = forecast(checked)
+    job, state = checked.job, ""
+    if job is not None:
+        output = Path(str(job.run.output))
+        with found.mistakes.noted():
+            state = output_state(output, resume=resume, overwrite=overwrite)
+            if not resume:
+                refuse_inputs_inside(output, job.resolved())
     if found.mistakes:
         print_mistakes(found.mistakes, _SHOWN, to_stderr=True)
         raise typer.Exit(min(error.exit_code for error in found.mistakes.kept))
-    assert checked.job is not None
-    return checked.job, found
+    assert job is not None
+    return job, [*found.lines(), f"output: {job.run.output} ({state})"]
 
 
 def _place(name: str) -> str:

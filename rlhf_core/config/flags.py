@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -49,6 +50,8 @@ def lex(tokens: Sequence[str]) -> list[Flag]:
         token = rest.pop(0)
         if not token.startswith("--") or len(token) == 2:
             fix = "options are written `--name value`"
+            if "." in token and Path(token).is_file():
+                fix += f", as `--data {token}`"
             if flags and flags[-1].text is not None and not token.startswith("-"):
                 fix = f"quote a value with blanks; give a list as `{flags[-1].typed} A {flags[-1].typed} B`"
             raise ConfigError("unexpected argument", place="command line", got=f"`{token}`", fix=fix)

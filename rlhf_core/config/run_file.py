@@ -148,6 +148,9 @@ class RunConfig(BaseConfig):
     @field_validator("data", mode="before")
     @classmethod
     def _files(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value and all(isinstance(one, int | float) for one in value.values()):
+            each = ", ".join(f"{{path: {path}, share: {one}}}" for path, one in value.items())
+            raise refused(ConfigError("several files are a list", fix=f"write `[{each}]`"), (), dict(value))
         given = _checked([value] if isinstance(value, Mapping) else value, "{path: …, weight: …}")
         if isinstance(given, list) and given:
             try:

@@ -130,6 +130,9 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
             that isn't set; of several such variables the others are its `also`.
     """
     path = Path(path)
+    if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet") and path.is_file():
+        hint = f"`rlhf data {path}` shows its rows; a run reads them by `--data {path}`"
+        raise ConfigError("is a file of rows, not a configuration", place=str(path), fix=hint)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -147,6 +150,8 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         bare = "${" in [*text.splitlines(), ""][line - 1]
         fix = "put a value with `${…}` in quotes where it stands within `{…}` or `[…]`" if bare else None
+        if "'\\t'" in str(error.problem):
+            fix = "indent with blanks, not with tabs"
         raise ConfigError(f"not valid YAML: {error.problem}", place=f"{path}:{line}", fix=fix) from None
     except RecursionError:
         raise ConfigError("not valid YAML: nested too deeply", place=str(path)) from None
@@ -154,7 +159,8 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"not valid YAML: {error}", place=str(path)) from None
     loader.mistakes.raise_first()
     if not isinstance(values, dict):
-        raise ConfigError("expected a mapping of options to values", place=str(path), got=shortened(values))
+        hint = "write `name: value`, a line for each option" + (", without dashes" if isinstance(values, list) else "")
+        raise ConfigError("expected a mapping of options to values", place=str(path), got=shortened(values), fix=hint)
     places = {"": str(path)}
     _note_lines(node, "", str(path), places)
     return values, places

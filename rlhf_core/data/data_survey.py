@@ -20,7 +20,8 @@ from rlhf_core.config.training import DEFAULT_MAX_LENGTH, DatasetConfig
 from rlhf_core.contracts.records import RECORDS, Message
 from rlhf_core.data.data_report import DataReport
 from rlhf_core.data.data_source import DataSource, SourcePart
-from rlhf_core.data.encoder import EncodedRow, Encoder, RowOutcome
+from rlhf_core.data.encoder import EQUAL, EncodedRow, Encoder, RowOutcome
+from rlhf_core.data.missing_columns import hint_of_row
 from rlhf_core.data.open_source import open_source
 from rlhf_core.data.row_checker import CheckedRow, RowChecker, fitting_record
 from rlhf_core.data.row_source import Row, RowEntry, RowSource
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 _CHUNK = 256
 _FIRST = 20
 """Rows from whose columns the record type is recognised."""
+_ANSWERED = 4
+"""Of so many rows one with a response shows that the others are to have one, too."""
 _FEW = 3
-"""Rows up to which a mistake of every row is shown for each."""
+"""Mistakes that are alike of which each is shown."""
 _KEPT = 1000
 """Mistakes that are kept; more are counted."""
 
@@ -139,21 +142,26 @@ class NotedMistakes:
         Args:
             rows: how many rows of the file were read.
         """
-        texts = {(error.problem, error.got, error.fix) for error in self.kept}
+        texts = {(error.problem, error.fix) for error in self.kept}
         if rows <= _FEW or len(self) != rows or len(self.kinds) != 1 or len(texts) != 1:
             return self
         first = self.kept[0]
-        problem = f"{first.problem}, so in all {rows:,} rows that were read"
+        problem = f"{first.problem} (the same in all {rows:,} rows that were read)"
         return NotedMistakes([type(first)(problem, place=first.place, got=first.got, fix=first.fix)])
 
     def shown(self, most: int) -> tuple[list[RLHFError], dict[str, int]]:
-        """Return about `most` mistakes, some of each kind, in the order in which they were met; and kind → how many more."""
+        """Return mistakes in the order in which they were met, and kind → how many more there are.
+
+        Of more than `most`, about that many are returned, some of each kind; of those that differ in their places alone, a few.
+        """
         if len(self) <= most:
             return list(self.kept), {}
         each, of_kind, shown = max(1, most // len(self.kinds)), Counter[str](), []
+        alike: Counter[tuple[str, str | None]] = Counter()
         for error in self.kept:
-            if of_kind[error.problem] < each:
+            if of_kind[error.problem] < each and alike[error.problem, error.fix] < _FEW:
                 of_kind[error.problem] += 1
+                alike[error.problem, error.fix] += 1
                 shown.append(error)
         more = {kind: count - of_kind[kind] for kind, count in self.kinds.items() if count > of_kind[kind]}
         return shown, more
@@ -309,13 +317,17 @@ def recognised_record(source: DataSource, options: DatasetConfig) -> str:
     if first is None and unread:
         raise _together(unread, source.name)
     if found:
-        return found.most_common(1)[0][0]
+        # A row that lacks its response fits `prompt`: where many have one, that is a mistake of the others.
+        answered = Counter({name: count for name, count in found.items() if RECORDS[name].responses})
+        several = answered.total() * _ANSWERED >= found.total()
+        return (answered if several else found).most_common(1)[0][0]
     columns = ", ".join(map(str, first.values)) if first is not None else ""
+    seen = None if first is None else hint_of_row(first)
     raise DataError(
         "the columns fit no record type",
         place=source.name if first is None else first.place,
         got=f"columns {columns}" if columns else "no columns",
-        fix="give `--method`, for what its rows need, or name the columns: `--dataset.columns.prompt COLUMN`",
+        fix=seen or "give `--method`, for what its rows need, or name the columns: `--dataset.columns.prompt COLUMN`",
     )
 
 
@@ -496,9 +508,10 @@ def row_picture(row: EncodedRow, outcome: RowOutcome, encoder: Encoder) -> RowPi
 
 def _outcome_of(checked: CheckedRow) -> RowOutcome:
     """Return what the report counts of a row that is only checked."""
-    row = EncodedRow(checked.index, [], per_response=dict(checked.per_response))
+    same = len(checked.responses) == 2 and checked.responses[0] == checked.responses[1]
+    row = None if same else EncodedRow(checked.index, [], per_response=dict(checked.per_response))
     return RowOutcome(
-        checked.place, row, left_out=checked.left_out, read_as=checked.read_as, unused=checked.unused,
+        checked.place, row, EQUAL if same else None, left_out=checked.left_out, read_as=checked.read_as, unused=checked.unused,
         set_aside=checked.set_aside, absent=checked.absent,
     )  # fmt: skip
 

@@ -65,19 +65,23 @@ class JsonLines(TextFile):
         if not ended and (not text.rstrip().endswith("}") or error.pos >= len(text.rstrip())):
             return DataError("the last line is incomplete", place=place, got=error.msg, fix="write the file again")
         hint = "write each object on one line" if text.strip() in ("{", "[") else "repair or delete the line"
+        if text.rstrip().endswith("},"):
+            hint = "remove the comma behind each object, or write all of them as an array in a file .json"
+        if text.lstrip().startswith("{'"):
+            hint = "the line was written by Python's str(): write rows by `json.dumps`"
         if first and "," in text and "{" not in text:
             hint = "name the file .csv if it is CSV, else write one JSON object per line"
         return DataError("not valid JSON", place=place, got=error.msg, fix=hint)
 
     def _first_object(self) -> dict[str, Any] | None:
-        """Return the object that the file begins with, over whatever lines; None where there is none, or a very large one."""
+        """Return the object over several lines that the file begins with; None where there is none, or a very large one."""
         with self.opened() as read:
             head = read(1 << 20).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
         try:
-            values, _ = json.JSONDecoder().raw_decode(head, _after_space(head, 0))
+            values, end = json.JSONDecoder().raw_decode(head, begin := _after_space(head, 0))
         except (ValueError, RecursionError):
             return None
-        return values if isinstance(values, dict) else None
+        return values if isinstance(values, dict) and "\n" in head[begin:end] else None
 
     def _array(self, place: str) -> DataError:
         return DataError(

@@ -288,4 +288,6 @@ def read_dialogue(text: str) -> list[Message]:
 
 def wrong_type(name: str, expected: str, got: Any, place: str) -> DataError:
     """Return the error for a column that holds a value of the wrong type."""
-    return DataError(f"`{name}` must be {expected}", place=place, got=f"{type(got).__name__} {shortened(got)}")
+    number = isinstance(got, int | float) and expected.startswith("text")
+    fix = "write it as text, in quotes" if number else None
+    return DataError(f"`{name}` must be {expected}", place=place, got=f"{type(got).__name__} {shortened(got)}", fix=fix)

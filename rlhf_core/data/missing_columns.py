@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_core.contracts.records import RecordType
-from rlhf_core.data.columns import CONVERSATIONS, OTHER_NAMES, TEXT, TURNS, folded_name, is_identifier, value_kind
+from rlhf_core.data.columns import (
+    CONVERSATIONS,
+    KNOWN,
+    OTHER_NAMES,
+    TEXT,
+    TURNS,
+    folded_name,
+    is_identifier,
+    value_kind,
+)
 from rlhf_core.data.label_values import label_of
 from rlhf_core.data.row_source import Row
 from rlhf_core.infra.errors import DataError, nearest
@@ -34,6 +43,11 @@ _GRADES = ("score", "rating", "reward", "votes", "upvotes", "rank", "stars", "gr
 """Names of columns whose numbers say how good an answer is."""
 _WHICH = ("preference", "preferred", "winner", "better", "best", "choice", "chosen_index", "label")
 """Names of columns that say which of two answers is the better one."""
+
+_TABLE = re.compile(r"\.(csv|tsv)(\.\w+)?:\d+$", re.IGNORECASE)
+"""Matches the place of a row of a table in a text file."""
+_NO_NAME = re.compile(r"^[\d.,+-]+$|[.?!]$|^.{60,}$")
+"""Matches what is no column's name: numbers, sentences."""
 
 _ROLES = {
     field: frozenset((field, *OTHER_NAMES.get(field, ()))) for field in ("prompt", "response", "chosen", "rejected")
@@ -73,6 +87,8 @@ def missing_column(
         fix = f"leave `{name}` out of `dataset.columns`: the row has a column of that name"
     elif complete:
         fix = "the rows before have it: fill or delete this one"
+    elif (seen := hint_of_row(row)) is not None:
+        fix = seen
     elif other is not None:
         look = f"these look like `{other}` rows, for another method"
         fix = f"{fix}; or {look}" if name == "label" and asked.candidates() else f"{look}; or {fix}"
@@ -205,6 +221,22 @@ class _MissingColumn:
             if folded_name(key) in _WHICH and short and len(texts) > 1:
                 return key
         return None
+
+
+def hint_of_row(row: Row) -> str | None:
+    """Return what may be wrong with a whole row that lacks columns: a table's first line is a row, or the columns are inside one.
+
+    None where neither can be seen.
+    """
+    names = [str(key) for key in row.values]
+    known = any(folded_name(name) in KNOWN for name in names)
+    if _TABLE.search(row.place) and not known and any(_NO_NAME.search(name) for name in names):
+        return "the first line of such a file names the columns, as `prompt,response` does: write one above the rows"
+    for name, value in row.values.items():
+        inside = [str(key) for key in value if folded_name(str(key)) in KNOWN] if isinstance(value, Mapping) else []
+        if len(inside) > 1 and not any(folded_name(other) in KNOWN for other in names if other != str(name)):
+            return f"`{name}` holds {', '.join(f'`{key}`' for key in inside)}: write what is in it as the columns of the row"
+    return None
 
 
 def _is_aside(key: str, name: str) -> bool:

@@ -239,6 +239,7 @@ def _file(path: Path) -> RowSource:
     name = path.name.casefold()
     if not name.endswith(SUFFIXES):
         raise _unknown_kind(path)
+    _refuse_pointer(path)
     if name.endswith(".parquet"):
         return ParquetRows(path)
     name = name.removesuffix(path.suffix) if path.suffix in COMPRESSION else name
@@ -246,6 +247,18 @@ def _file(path: Path) -> RowSource:
         return Delimited(path)
     array = JsonArray(path)
     return array if name.endswith(".json") and array.holds_array() else JsonLines(path)
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Refuse what Git leaves in place of a large file that wasn't fetched."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(64).startswith(b"version https://git-lfs")
+    except OSError:  # Reading the rows raises a better error.
+        return
+    if pointer:
+        fix = "`git lfs install && git lfs pull` in that repository, or `hf download --repo-type dataset`"
+        raise DataError("is a pointer of Git LFS, not the file itself", place=str(path), fix=fix)
 
 
 def _unknown_kind(path: Path) -> DataError:
@@ -267,6 +280,8 @@ def _unknown_kind(path: Path) -> DataError:
         return DataError(
             "is a spreadsheet", place=str(path), fix="save it as CSV, whose columns are read by their names"
         )
+    if path.suffix.casefold() in (".txt", ".md") and end is None:
+        kinds = f'write each text as a row, `{{"text": "…"}}` on a line of a file .jsonl; {kinds}'
     looks = f"its content looks like {end[1:]}: name it {path.with_suffix(end).name}; " if end is not None else ""
     return DataError("unknown kind of file", place=str(path), fix=f"{looks}{kinds}")
 

@@ -90,6 +90,8 @@ class RowChecker:
         self._margin: bool | None = None
         self._complete = False
         """Whether an earlier row had every required column."""
+        self._file: str | None = None
+        """The file of the last such row; None where that isn't known."""
         self._complete_entries: set[str] = set()
         """Names of entries with columns or a format of their own of which that is so."""
 
@@ -134,7 +136,7 @@ class RowChecker:
             absent = name not in found and not (whole and name in ("prompt", "response"))
             if absent and not (name == "prompt" and shape.prompt_inside):
                 raise self._missing(name, row, found)
-        self._complete = True
+        self._complete, self._file = True, _file_of(row)
         parts = read_prompt_responses(shape, self.contract, row.place)
         per_prompt, per_response = self._columns(shape, row)
         used = {*found.values(), *per_prompt}
@@ -280,13 +282,19 @@ class RowChecker:
 
     def _missing(self, name: str, row: Row, found: Mapping[str, str]) -> DataError:
         """Return the error for a row that lacks the field `name`. `found` is field → column, those that it has."""
-        other = None if self._complete else self._other_contract(row)
-        return missing_column(name, row, found, self.contract, self.columns, complete=self._complete, other=other)
+        complete = self._complete and self._file in (None, _file_of(row))
+        other = None if complete else self._other_contract(row)
+        return missing_column(name, row, found, self.contract, self.columns, complete=complete, other=other)
 
     def _other_contract(self, row: Row) -> str | None:
         """Return the name of another record type with responses whose columns the row has; None where there is none."""
         others = (name for name, contract in RECORDS.items() if contract.responses and name != self.contract.name)
         return fitting_record(row, others)
+
+
+def _file_of(row: Row) -> str:
+    """Return the name of the file or table that a row is of."""
+    return row.place.rpartition(":")[0] or row.place.rpartition("[")[0]
 
 
 def fitting_record(row: Row, records: Iterable[str], columns: Mapping[str, str] | None = None) -> str | None:

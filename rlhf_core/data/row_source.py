@@ -169,9 +169,17 @@ class TextFile(RowFile):
             problem, fix = "cannot be read", None
             if compression and not isinstance(error, FileNotFoundError | PermissionError):
                 problem, fix = f"the {compression} stream is damaged or incomplete", "copy or compress the file again"
+                if not self._begins_as(compression):
+                    problem, fix = f"isn't a {compression} file, though its name says so", f"name it {self.path.stem}"
             raise DataError(
                 problem, place=self.name, got=getattr(error, "strerror", None) or str(error), fix=fix
             ) from None
+
+    def _begins_as(self, compression: str) -> bool:
+        """Return whether the file's first bytes are those of a compression."""
+        with self.path.open("rb") as file:
+            head = file.read(8)
+        return any(head.startswith(magic) for magic, name in _MAGIC.items() if name == compression)
 
     def lines(self, offset: int) -> Iterator[tuple[bytes, bool]]:
         """Yield each line from an uncompressed byte offset on, without its newline, and whether it had one."""

@@ -321,25 +321,26 @@ def _remove(path: Path, items: list[Path]) -> None:
 
 
 def output_state(path: Path, *, resume: bool, overwrite: bool) -> str:
-    """Return what a run would find in its directory and do with it, as a phrase; nothing is changed."""
+    """Return what a run would find in its directory and do with it, as a phrase; nothing is changed.
+
+    Raises:
+        StorageError: it is a file, or holds what no run has written or a record that can't be read: neither option helps then.
+    """
     if path.exists() and not path.is_dir():
-        return "a file, not a directory: choose another `output`"
+        raise StorageError("is a file, not a directory", place=str(path), fix="choose another `output`")
     found = (
         [item for item in path.iterdir() if item.name != _LOCK and not _is_leftover(item.name)] if path.exists() else []
     )
     if not found:
         return "new"
-    try:
-        if not is_run(path):
-            return "not empty, and not a run's directory: choose an empty or a new one"
-        began = not _never_began(path)
-    except StorageError:
-        return "holds a run whose `run.json` can't be read: choose another `output`"
+    if not is_run(path):
+        fix = "choose an empty or a new directory"
+        raise StorageError("is not empty, and not a run's directory", place=str(path), fix=fix)
     if is_at_work(path):
         return "a run is at work there: wait for its end, or choose another `output`"
     if resume or overwrite:
         return "continued" if resume else "replaced"
-    if not began:
+    if _never_began(path):
         return "a run that failed before its first step, replaced"
     return "holds an earlier run: needs --resume or --overwrite"
 

@@ -32,6 +32,7 @@ from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.fixed_prompts import open_fixed_prompts
 from rlhf_core.training.job import CheckedJob, TrainingJob
 from rlhf_core.training.loader import with_length
+from rlhf_core.training.optimizer import Schedule
 from rlhf_core.training.parameter_counts import ParameterCounts, count_parameters
 from rlhf_core.training.setup import check_config
 
@@ -56,6 +57,8 @@ class RunForecast:
     mixture: str | None = None
     """The share of a step's rows that each of several entries of `data` has."""
     steps: int | None = None
+    few_rows: str | None = None
+    """What is said of rows that don't fill a step."""
     steps_exact: bool = False
     """Whether all rows were read, or `max_steps` is set."""
     parameters: ParameterCounts | None = None
@@ -80,7 +83,7 @@ class RunForecast:
             found.append(f"logging.samples: {self.prompts} prompts, completed at the start, under way and at the end")
         if self.steps is not None:
             about = "" if self.steps_exact else "about "
-            found.append(f"steps: {about}{self.steps:,}")
+            found.append(f"steps: {about}{self.steps:,}" + (f"; {self.few_rows}" if self.few_rows else ""))
         if self.parameters is not None:
             found.append(f"parameters: {self.parameters}")
         if self.cost.memory is not None:
@@ -251,7 +254,12 @@ def _measure(
     rows = _epoch_rows(found)
     trainer = job.trainer()
     found.steps = _steps(trainer, options, rows)
+    if rows is not None and 0 < rows < options.batch_size:
+        found.few_rows = f"there are fewer rows than the `batch_size` of {options.batch_size:,}"
     found.steps_exact = options.max_steps is not None or all(survey.whole for survey in found.surveys.values())
+    with found.mistakes.noted():
+        if found.steps is not None and found.steps_exact:
+            Schedule.create(options, found.steps)
     with found.mistakes.noted():
         if outline is not None:
             found.parameters = None if is_adapter(job.run.model) else count_parameters(outline, options)

@@ -15,7 +15,8 @@ def summary_lines(result: TrainResult) -> list[str]:
     lines = []
     if result.stopped_early:
         lines.append(f"stopped early: {result.stopped_because}")
-    lines.append(f"{result.status}: {result.step} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
+    steps = f"{result.step} step{'s' * (result.step != 1)}"
+    lines.append(f"{result.status}: {steps}, {result.tokens:,} tokens, {result.seconds:.1f} s")
     earlier = result.model_step not in (None, result.step)
     if earlier and result.eval_metrics:
         lines += evaluation_table(result.eval_metrics, result.model_step or 0).splitlines()

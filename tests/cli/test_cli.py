@@ -192,9 +192,9 @@ def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Pat
     assert rlhf("train", str(path), "--dry-run")[1] == out
     output.mkdir()
     (output / "x").touch()
-    assert (
-        f"# output: {output} (not empty, and not a run's directory: choose an empty or a new one)"
-        in rlhf(*arguments)[1]
+    code, out, err = rlhf(*arguments)
+    assert (code, out) == (7, "") and err.startswith(
+        f"error[io] {output}: is not empty, and not a run's directory; fix:"
     )
 
 

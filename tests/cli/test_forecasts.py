@@ -66,6 +66,23 @@ def test_the_shares_of_a_mixture_are_shown(rlhf, tmp_path: Path, model: str) -> 
     assert rlhf("validate", str(path))[2].count("error[") == 1
 
 
+def test_what_a_run_would_refuse_is_told_before(rlhf, tmp_path: Path, model: str) -> None:
+    rows = _write(tmp_path / "rows.jsonl", *[GOOD] * 40)
+    given = ["--model", model, "--data", rows, "--output"]
+    for output, problem in ((rows, "is a file, not a directory"), (model, "is not empty, and not a run's directory")):
+        for command in ("validate", "train"):
+            code, out, err = rlhf(command, "sft", *given, output, *["--dry-run"] * (command == "train"))
+            assert (
+                (code, out) == (7, "")
+                and err.startswith(f"error[io] {output}: {problem}; fix:")
+                and err.count("\n") == 1
+            )
+    code, _, err = rlhf("validate", "sft", *given, str(tmp_path / "run"), "--warmup-steps", "9")
+    assert code == 2 and "the warm-up leaves no step for the learning rate itself; got 9 of 5 steps" in err
+    lines = rlhf("validate", "sft", *given, str(tmp_path / "run"), "--batch-size", "64")[1].splitlines()
+    assert "steps: 1; there are fewer rows than the `batch_size` of 64" in lines
+
+
 def test_a_wrong_entry_of_data_is_told_once(rlhf, tmp_path: Path, model: str) -> None:
     rows, path = _write(tmp_path / "rows.jsonl", GOOD), tmp_path / "run.yaml"
     path.write_text(

@@ -85,10 +85,70 @@ def test_a_mistake_of_every_row_is_told_once(tmp_path: Path) -> None:
         survey = survey_data([path, good], "preference", tokenizer=tokenizer)
         (error,) = survey.mistakes.kept
         assert str(error).startswith(
-            f"{path}:1: no column `chosen`, which the record type `preference` needs, so in all 1,200"
+            f"{path}:1: no column `chosen`, which the record type `preference` needs (the same in all 1,200"
         )
         assert (len(survey.mistakes), survey.rows, survey.report.kept) == (1, 1201, 1)
     assert len(survey_data(_rows(tmp_path / "few.jsonl", rows[:3]), "preference").mistakes) == 3
+
+
+def test_of_many_mistakes_that_are_alike_a_few_are_shown(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": None}] * 50
+    survey = survey_data(_rows(tmp_path / "rows.jsonl", rows))
+    assert survey.record == "sft"  # though as many rows have no response
+    shown, more = survey.mistakes.shown(20)
+    assert [str(error.place).rpartition(":")[2] for error in shown] == ["2", "4", "6"] and [*more.values()] == [47]
+    assert len(survey.mistakes.shown(50)[0]) == 50
+    numbers = survey_data(_rows(tmp_path / "numbers.jsonl", [{"prompt": "a", "response": n} for n in range(9)]), "sft")
+    (error,) = numbers.mistakes.kept
+    assert error.got == "int 0" and error.fix == "write it as text, in quotes"
+
+
+def test_equal_answers_are_seen_without_a_model(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 5
+    survey = survey_data(_rows(tmp_path / "rows.jsonl", rows))
+    assert survey.report.kept == 0 and "5 × chosen equals rejected" in str(survey.mistakes.kept[0])
+
+
+def test_what_earlier_rows_have_is_said_of_one_file_alone(tmp_path: Path) -> None:
+    good = _rows(tmp_path / "good.jsonl", [{"prompt": "a", "response": "b"}])
+    pairs = _rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    (error,) = survey_data([good, pairs], "sft").mistakes.kept
+    assert str(error.fix).startswith("these look like `preference` rows")
+    (error,) = survey_data(
+        _rows(tmp_path / "both.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a"}]), "sft"
+    ).mistakes.kept
+    assert error.fix == "the rows before have it: fill or delete this one"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fix"),
+    [
+        (
+            "a.csv",
+            "What is 2+2?,4\nWhat is 3+3?,6\n",
+            "the first line of such a file names the columns, as `prompt,response`",
+        ),
+        (
+            "a.jsonl",
+            '{"data": {"prompt": "a", "response": "b"}}\n',
+            "`data` holds `prompt`, `response`: write what is in it",
+        ),
+        (
+            "a.jsonl",
+            "{'prompt': 'a', 'response': 'b'}\n",
+            "the line was written by Python's str(): write rows by `json.dumps`",
+        ),
+        ("a.jsonl", '{"prompt": "a"},\n{"prompt": "b"}\n', "remove the comma behind each object"),
+    ],
+)
+def test_what_is_wrong_with_every_row_is_told(tmp_path: Path, name: str, text: str, fix: str) -> None:
+    (tmp_path / name).write_text(text)
+    survey = survey_data(str(tmp_path / name), "sft")
+    assert str(survey.mistakes.kept[0].fix).startswith(fix)
+    if "Python" not in fix and "comma" not in fix:
+        with pytest.raises(DataError) as caught:
+            survey_data(str(tmp_path / name))
+        assert str(caught.value.fix).startswith(fix)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,13 @@ def test_folders() -> None:
         ("a.dump", b"[\n" + ROW.encode() + b"]", "its content looks like json: name it a.json"),
         ("a.pq", b"PAR1\0\0", "its content looks like parquet: name it a.parquet"),
         ("a.xlsx", b"PK\x03\x04", "is a spreadsheet; fix: save it as CSV"),
-        ("a.txt", b"just words\n", "unknown kind of file; fix: files that can be read end in .jsonl"),
+        ("a.dat", b"just words\n", "unknown kind of file; fix: files that can be read end in .jsonl"),
+        ("a.txt", b"just words\n", 'fix: write each text as a row, `{"text": "…"}` on a line of a file .jsonl'),
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a.jsonl: is a pointer of Git LFS, not the file",
+        ),
     ],
 )
 def test_files_of_another_ending(name: str, content: bytes, hint: str) -> None:
@@ -77,3 +83,9 @@ def test_a_folder_beside_a_mistyped_one() -> None:
     assert refused("./rows/trian").endswith("did you mean rows/train?")
     shutil.copy("rows/train/sft.jsonl", "rows/train/dpo.jsonl")
     assert refused("rows/train/spf.jsonl").endswith("did you mean rows/train/sft.jsonl?")
+
+
+def test_what_is_named_like_a_compressed_file_and_is_none() -> None:
+    Path("a.jsonl.gz").write_text(ROW)
+    with pytest.raises(DataError, match=r"isn't a gzip file, though its name says so; .* fix: name it a\.jsonl$"):
+        list(open_source("a.jsonl.gz").rows())

@@ -168,5 +168,5 @@ def test_the_command_says_by_its_exit_code_that_the_upload_failed(rlhf, hub: Hub
     assert code == 0 and f"pushed: {hub.address}/me/tiny" in out
     hub.faults = {"/preupload/": 403}
     code, out, err = rlhf("train", "sft", *flags, "--output", tmp_path / "bad")
-    assert code == 7 and "the run is done and its model saved" in err.splitlines()[-1] and "done: 1 steps" in out
+    assert code == 7 and "the run is done and its model saved" in err.splitlines()[-1] and "done: 1 step," in out
     assert json.loads((tmp_path / "bad" / "status.json").read_text())["status"] == "done"

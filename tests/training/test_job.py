@@ -161,6 +161,19 @@ def test_a_missing_file_is_told_apart_from_an_unknown_method(tmp_path: Path, mon
         load_job("run")
 
 
+def test_a_file_of_rows_is_no_configuration_and_no_argument(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: is a file of rows, not a configuration; fix: `rlhf data "):
+        load_job(str(rows))
+    with pytest.raises(ConfigError, match=r"unexpected argument; .*, as `--data .*rows\.jsonl`$"):
+        load_job("sft", flags=[str(rows)])
+    with pytest.raises(
+        ConfigError, match=r"several files are a list; .*`\[\{path: a, share: 0\.7\}, \{path: b, share: 0\.3\}\]`"
+    ):
+        load_job("sft", {"model": "m", "data": {"a": 0.7, "b": 0.3}})
+
+
 def test_a_broken_method_keeps_its_own_error(install) -> None:
     install("acme", {"acme.py": "class Mine(:"}, trainers={"mine": "acme:Mine"})
     with pytest.raises(PluginError, match=r"trainer `mine` of acme 1\.0"):

@@ -105,8 +105,10 @@ def test_what_a_run_would_do_with_its_directory_is_told_before(tmp_path: Path) -
     run, file = tmp_path / "run", tmp_path / "file"
     file.touch()
     assert (state(run), state(run, resume=True)) == ("new", "new")
-    assert state(file).startswith("a file, not a directory")
-    assert state(tmp_path, overwrite=True).startswith("not empty, and not a run's directory")
+    with pytest.raises(StorageError, match="is a file, not a directory"):
+        state(file)
+    with pytest.raises(StorageError, match="is not empty, and not a run's directory"):
+        state(tmp_path, overwrite=True)
     held = RunDirectory.open(run, resume=False, overwrite=False)
     assert state(run, resume=True).startswith("a run is at work there")
     held.end("failed", 3, step=0, message="a mistake in a row")
@@ -116,4 +118,5 @@ def test_what_a_run_would_do_with_its_directory_is_told_before(tmp_path: Path) -
     assert state(run) == "holds an earlier run: needs --resume or --overwrite"
     assert (state(run, resume=True), state(run, overwrite=True)) == ("continued", "replaced")
     (run / "run.json").write_text("{")
-    assert state(run, resume=True).startswith("holds a run whose `run.json` can't be read")
+    with pytest.raises(StorageError, match="can't be read as a run's record"):
+        state(run, resume=True)
