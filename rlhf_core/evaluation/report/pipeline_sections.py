@@ -224,7 +224,7 @@ def _evaluations(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts
             for name, one in found.items()
             if one.a_share
         ]
-        charts += [Intervals("Shares with 95 % intervals", items)] if items else []
+        charts += [Intervals("Values from 0 to 1, with 95 % intervals", items)] if items else []
     table = Table(["metric", *by_stage], rows, frozenset(range(1, len(by_stage) + 1)))
     return [*drawing.pictures(charts[:24]), table, *_references(stages), *_differences(stages), *_notes(stages)]
 

@@ -95,7 +95,7 @@ def _compared(
     if not rows:
         return []
     header = ["metric", *columns, *([change] if change else [])]
-    chart = [Intervals("Shares with 95 % intervals", items[:_MOST_INTERVALS])] if items else []
+    chart = [Intervals("Values from 0 to 1, with 95 % intervals", items[:_MOST_INTERVALS])] if items else []
     return [Table(header, rows, frozenset(range(1, len(header)))), *drawing.pictures(chart)]
 
 
