@@ -358,11 +358,15 @@ def test_a_kl_to_other_references_is_not_set_against_another(tmp_path: Path) -> 
     record["stages"][3]["metrics"] = {
         "differences": {"length": estimate(-2.0)}, "notes": ["kl/token can't be compared: …"]
     }  # fmt: skip
+    record["stages"][3]["inputs"] = {"options": {"compare": "${stages.evaluate0.evaluation}"}}
     (path / "pipeline.json").write_text(json.dumps(record))
     page = Page(report_page(path))
     words = " ".join(page.text.split())
     assert "another reference in each" in words and "evaluate0 to base; evaluate1 to stages/00-grpo/model." in words
-    assert "length -2 [-2.04, -1.96]" in words and "evaluate1: kl/token can't be compared: …" in words
+    assert (
+        "difference of evaluate1 − evaluate0 length -2 [-2.04, -1.96]" in words
+        and "evaluate1: kl/token can't be compared: …" in words
+    )
     # A name that says no more than what it is has the folder above before it.
     assert page.headings[0] == "Pipeline arithmetic/pipeline"
 

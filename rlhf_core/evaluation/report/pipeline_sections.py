@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -263,7 +264,7 @@ def _differences(stages: Sequence[tuple[str, StageHistory]]) -> list[Block]:
         metrics = stage.values.get("metrics")
         found = metrics.get("differences") if isinstance(metrics, Mapping) else None
         if isinstance(found, Mapping) and (measured_ones := metrics_of(found)):
-            by_stage[label] = measured_ones
+            by_stage[f"{label}{_compared_with(stage)}"] = measured_ones
     if not by_stage:
         return []
     names = dict.fromkeys(name for found in by_stage.values() for name in found)
@@ -271,6 +272,15 @@ def _differences(stages: Sequence[tuple[str, StageHistory]]) -> list[Block]:
     rows = [[Cell(name), *(Cell("–" if one is None else one.signed) for one in found)] for name, found in cells.items()]
     caption = "Paired differences of the same prompts, to the evaluation that the recipe compares each stage with."
     return [Table(["difference of", *by_stage], rows, frozenset(range(1, len(by_stage) + 1)), caption)]
+
+
+def _compared_with(stage: StageHistory) -> str:
+    """Return ` − NAME`, the earlier evaluation that a stage's is compared with; nothing where that isn't recorded."""
+    inputs = stage.values.get("inputs")
+    options = inputs.get("options") if isinstance(inputs, Mapping) else None
+    given = options.get("compare") if isinstance(options, Mapping) else None
+    name = re.fullmatch(r"\$\{stages\.([\w-]+)\.evaluation\}", given) if isinstance(given, str) else None
+    return "" if name is None else f" − {name[1]}"
 
 
 def _capabilities(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts) -> list[Block]:
