@@ -251,7 +251,7 @@ class _WatchedMetric(BaseConfig):
         if metric.startswith("eval_"):
             return metric
         # Other trainers call them `val_loss` and `eval/loss`.
-        name = re.sub(r"^(eval|val|valid|validation|test|dev|train)[_/.-]|^eval(?=[a-z])", "", metric.strip())
+        name = re.sub(r"^(eval|val|valid|validation|test|dev|train)[_/.-]|^(?:eval)(?=[a-z])", "", metric.strip())
         raise refused(
             ConfigError(
                 "isn't a metric of evaluations, whose names begin with `eval_`", fix=f"did you mean `eval_{name}`?"

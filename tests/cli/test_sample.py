@@ -323,7 +323,7 @@ def test_rows_are_named_before_anything_is_drawn(rlhf: Rlhf, model: str, tmp_pat
     for bad, message in (
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "x" * 80}, "leaves no room"),
-        ({"question": None}, "prompt"),
+        ({"question": None}, "column `question` is null"),
         ({"prompt": "1", "completion": "2"}, "a column `completion` already"),
     ):
         data.write_text(json.dumps({"prompt": "1+1=?"}) + "\n" + json.dumps(bad) + "\n")
