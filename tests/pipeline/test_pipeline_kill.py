@@ -38,7 +38,7 @@ def test_killed_in_each_stage_and_resumed_it_ends_with_the_same_weights(folder: 
 RECIPE = """\
 model: model
 output: out
-defaults: {batch_size: 4, max_steps: 400, learning_rate: 1e-3, dataset: {wrap: none}, checkpoint: {every: 5}}
+defaults: {batch_size: 4, max_steps: 4000, learning_rate: 1e-3, dataset: {wrap: none}, checkpoint: {every: 5}}
 stages:
   - {method: sft, data: sft.jsonl, max_steps: 3}
   - {name: long, method: sft, data: sft.jsonl}
