@@ -84,7 +84,9 @@ def test_a_model_that_the_hub_lacks_is_one_line(stand_in: type[StandIn]) -> None
 
 def test_without_a_network_nothing_is_tried_twice(caplog: pytest.LogCaptureFixture) -> None:
     """Half a minute of its library's attempts, with a line each, are left out."""
-    with pytest.raises(ModelError, match=r"^acme/none: is neither .*; got the hub can't be reached: .*refused"):
+    with pytest.raises(
+        ModelError, match=r"^acme/none: is no local directory, .*; got the hub can't be reached: .*refused"
+    ):
         PolicyModel.from_pretrained("acme/none")
     with pytest.raises(DataError, match=r"^acme/rows: not a file, and .*; got the hub can't be reached"):
         open_source("acme/rows:main")
