@@ -34,16 +34,29 @@ def no_waiting_for_disks() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def log_as_before() -> Iterator[None]:
-    """Undo what a test (of the command line, say) changed of the loggers of the core, of methods that ship, and of libraries."""
-    loggers = [logging.getLogger(name) for name in (LOGGER, SHIPPED, *LIBRARIES)]
-    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+_LOGGERS = {
+    logger: (logger.level, logger.propagate, list(logger.handlers))
+    for logger in map(logging.getLogger, (LOGGER, SHIPPED, *LIBRARIES))
+}
+"""As they are before the first test. Not as they are before each: fixtures of a whole module have set up logging by then, and
+pytest itself hands its handlers to loggers that don't propagate."""
+_ROOT_LEVEL = logging.root.level
+
+
+def _log_as_at_first() -> None:
+    for logger, (level, propagate, handlers) in _LOGGERS.items():
         # Not by assignment: a logger remembers which levels are on.
         logger.setLevel(level)
         logger.propagate, logger.handlers[:] = propagate, handlers
+    logging.root.setLevel(_ROOT_LEVEL)
+
+
+@pytest.fixture(autouse=True)
+def log_as_at_first() -> Iterator[None]:
+    """Undo what another test (of the command line, say) changed of the loggers of the core, of plugins that ship, of libraries."""
+    _log_as_at_first()
+    yield
+    _log_as_at_first()
 
 
 @pytest.fixture
