@@ -134,7 +134,9 @@ def _engine_draws(work: Work, policy: Any, **options: Any) -> Draw:
     from rlhf_core.generation.engine import Engine
 
     batch: Batch = collate([EncodedRow(number, ids) for number, ids in enumerate(work.prompts)]).to(policy.device)
-    sampling = SamplingConfig(max_new_tokens=work.most, min_new_tokens=work.most)
+    # As for the other contenders no token ends a completion; with `min_new_tokens` none would be drawn, which is more work.
+    policy.tokenizer.eos_token = policy.causal_lm.generation_config.eos_token_id = None
+    sampling = SamplingConfig(max_new_tokens=work.most)
     own = Engine(policy, **options)
     limits = None if work.even else work.limits
 

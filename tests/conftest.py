@@ -53,7 +53,7 @@ def _log_as_at_first() -> None:
 
 @pytest.fixture(autouse=True)
 def log_as_at_first() -> Iterator[None]:
-    """Undo what another test (of the command line, say) changed of the loggers of the core, of plugins that ship, of libraries."""
+    """Undo what another test (say, of the command line) changed of the loggers of the core, of our plugins, of libraries."""
     _log_as_at_first()
     yield
     _log_as_at_first()

@@ -122,26 +122,39 @@ class _Class:
     rows: Tensor
     """(X, M) long: the rows that see each block; R where a block has fewer than M."""
     hidden: Tensor
-    """(X, 1, M, 1, S) float32: 0 where a row sees a place, else `LOWEST`."""
+    """(X, M, S) float32: 0 where a row sees a place, else `LOWEST`."""
     of_row: dict[int, int] = field(default_factory=dict)
     """Block → its index among X."""
-    _heads: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
-    def seers(self) -> int:
-        """M."""
-        return self.rows.shape[1]
 
-    def heads(self, kept: int) -> Tensor:
-        """Return (X · K · M,) long: for each key-value head of each block, where the rows that see it lie among (R + 1, K)."""
-        if kept not in self._heads:
-            heads = torch.arange(kept, device=self.rows.device)[:, None]
-            self._heads[kept] = (self.rows[:, None] * kept + heads).flatten()
-        return self._heads[kept]
+class _Lines:
+    """What a step does at once for the blocks of all classes: a line for each block, row that sees it, and query head.
 
-    def show(self, index: Tensor, places: Tensor) -> None:
-        """Let the one row that sees each of some blocks (n,) see one more place (n,) of it."""
-        self.hidden[index, 0, 0, 0, places] = 0
+    Lines of a class lie together, in the order (X, K, M, G), so that its scores are one batch of matrix products.
+
+    Args:
+        kept: K. group: G.
+    """
+
+    def __init__(self, classes: Sequence[_Class], kept: int, group: int) -> None:
+        heads = torch.arange(kept, device=classes[0].rows.device)[:, None]
+        self.at = torch.cat([(one.rows[:, None] * kept + heads).flatten() for one in classes])
+        """(L / G,) long: where the G lines of a key-value head lie among (R + 1) · K."""
+        self.hidden = torch.cat(
+            [one.hidden[:, None, :, None].expand(-1, kept, -1, group, -1).flatten(0, -2) for one in classes]
+        )
+        """(L, S) float32: as of a class."""
+        self.shapes = [(len(one.rows) * kept, one.rows.shape[1] * group) for one in classes]
+        """(X · K, M · G) of each class."""
+
+    def of_classes(self, lines: Tensor) -> list[Tensor]:
+        """Return the views (X · K, M · G, …) of each class's lines."""
+        parts = lines.split([products * rows for products, rows in self.shapes])
+        return [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def show(self, blocks: int, index: Tensor, places: Tensor) -> None:
+        """Let the one row that sees each of some blocks (n,) of the first class, of so many, see one more place (n,) of it."""
+        self.of_classes(self.hidden)[0].view(blocks, -1, self.hidden.shape[1])[index, :, places] = 0
 
 
 class DecodingAttention(CachedAttention):
@@ -160,6 +173,7 @@ class DecodingAttention(CachedAttention):
         super().__init__(cache, sequences, [1] * len(sequences) if counts is None else counts)
         self._rows = sum(self.counts)
         self._classes = self._classify()
+        self._lines: dict[tuple[int, int], _Lines] = {}  # layers of a model may differ in their heads
 
     def step(self) -> bool:
         """Move on to each sequence's next token, for which a place was appended; return False where a new plan is needed.
@@ -178,7 +192,10 @@ class DecodingAttention(CachedAttention):
         self._index.clear()
         own = self._classes[0]
         at = torch.from_numpy(np.fromiter((own.of_row[block] for block in blocks.tolist()), np.int64, len(stretches)))
-        own.show(at, torch.from_numpy(self.places))
+        places_at = torch.from_numpy(self.places)
+        own.hidden[at, 0, places_at] = 0
+        for lines in self._lines.values():
+            lines.show(len(own.rows), at, places_at)
         return True
 
     def _classify(self) -> list[_Class]:
@@ -217,7 +234,7 @@ class DecodingAttention(CachedAttention):
         return _Class(
             blocks=slice(blocks[0], blocks[-1] + 1) if together else torch.tensor(blocks, device=device),
             rows=torch.from_numpy(index).to(device),
-            hidden=torch.from_numpy(hidden[:, None, :, None, :]).to(device),
+            hidden=torch.from_numpy(hidden).to(device),
             of_row={block: at for at, block in enumerate(blocks) if block in own} if width == 1 else {},
         )
 
@@ -228,23 +245,26 @@ class DecodingAttention(CachedAttention):
         heads, rows, width = query.shape[1:]
         kept, out_width = key.shape[1], value.shape[3]
         group = heads // kept
-        # ((R + 1) · K, G, D); the last row is for those that a block lacks.
-        queries = torch.zeros(((rows + 1) * kept, group, width), dtype=keys.dtype, device=query.device)
+        if (kept, group) not in self._lines:
+            self._lines[kept, group] = _Lines(self._classes, kept, group)
+        lines = self._lines[kept, group]
+        # ((R + 1) · K, G · D); the last row is for those that a block lacks.
+        queries = torch.zeros(((rows + 1) * kept, group * width), dtype=keys.dtype, device=query.device)
         torch.mul(query[0].transpose(0, 1), scale * LOG2_E, out=queries[:-kept].view(rows, heads, width))
-        parts: list[tuple[Tensor, Tensor]] = []
-        most = torch.full((len(queries), group), LOWEST, device=query.device)
-        for one in self._classes:
-            at = one.heads(kept)
-            q = queries.index_select(0, at).view(-1, one.seers * group, width)  # (X · K, M · G, D)
-            scores = torch.bmm(q, keys[one.blocks].flatten(0, 1).transpose(1, 2)).float()
-            scores.view(-1, kept, one.seers, group, self.cache.block_size).add_(one.hidden)
-            most.scatter_reduce_(0, at[:, None].expand(-1, group), scores.amax(-1).view(-1, group), "amax")
-            parts.append((at, scores))
-        total = torch.zeros_like(most)
-        out = torch.zeros((len(queries), group, out_width), device=query.device)
-        for one, (at, scores) in zip(self._classes, parts, strict=True):
-            weights = scores.sub_(most.index_select(0, at).view(*scores.shape[:2], 1)).exp2_()
-            total.index_add_(0, at, weights.sum(-1).view(-1, group))
-            found = torch.bmm(weights.to(values.dtype), values[one.blocks].flatten(0, 1))
-            out.index_add_(0, at, found.float().view(-1, group, out_width))
+        # Only the products are worked out class by class: at a few microseconds an operation, softmaxes of each took longer.
+        q = queries.index_select(0, lines.at).view(-1, width)
+        scores = torch.empty((len(q), self.cache.block_size), dtype=keys.dtype, device=query.device)
+        for one, each, product in zip(self._classes, lines.of_classes(q), lines.of_classes(scores), strict=True):
+            torch.bmm(each, keys[one.blocks].flatten(0, 1).transpose(1, 2), out=product)
+        scores = scores.float().add_(lines.hidden)
+        most = torch.full(((rows + 1) * kept, group), LOWEST, device=query.device)
+        most.scatter_reduce_(0, lines.at[:, None].expand(-1, group), scores.amax(-1).view(-1, group), "amax")
+        weights = scores.sub_(most.index_select(0, lines.at).view(-1, 1)).exp2_()
+        total = torch.zeros_like(most).index_add_(0, lines.at, weights.sum(-1).view(-1, group))
+        weights = weights.to(values.dtype)
+        found = torch.empty((len(q), out_width), dtype=values.dtype, device=query.device)
+        for one, each, product in zip(self._classes, lines.of_classes(weights), lines.of_classes(found), strict=True):
+            torch.bmm(each, values[one.blocks].flatten(0, 1), out=product)
+        out = torch.zeros((len(most), group, out_width), device=query.device)
+        out.index_add_(0, lines.at, found.float().view(-1, group, out_width))
         return out.div_(total[..., None])[:-kept].reshape(1, rows, heads, out_width)
