@@ -34,29 +34,36 @@ def no_waiting_for_disks() -> Iterator[None]:
         yield
 
 
-_LOGGERS = {
-    logger: (logger.level, logger.propagate, list(logger.handlers))
-    for logger in map(logging.getLogger, (LOGGER, SHIPPED, *LIBRARIES))
-}
+_State = list[tuple[logging.Logger, int, bool, list[logging.Handler]]]
+
+
+def _state_of(*names: str) -> _State:
+    found = map(logging.getLogger, names)
+    return [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in found]
+
+
+def _restore(state: _State) -> None:
+    for logger, level, propagate, handlers in state:
+        # Not by assignment: a logger remembers which levels are on.
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
+
+
+_AT_FIRST = _state_of(LOGGER, SHIPPED)
 """As they are before the first test. Not as they are before each: fixtures of a whole module have set up logging by then, and
 pytest itself hands its handlers to loggers that don't propagate."""
 _ROOT_LEVEL = logging.root.level
 
 
-def _log_as_at_first() -> None:
-    for logger, (level, propagate, handlers) in _LOGGERS.items():
-        # Not by assignment: a logger remembers which levels are on.
-        logger.setLevel(level)
-        logger.propagate, logger.handlers[:] = propagate, handlers
-    logging.root.setLevel(_ROOT_LEVEL)
-
-
 @pytest.fixture(autouse=True)
-def log_as_at_first() -> Iterator[None]:
-    """Undo what another test (say, of the command line) changed of the loggers of the core, of our plugins, of libraries."""
-    _log_as_at_first()
+def log_as_before() -> Iterator[None]:
+    """Undo what a test (of the command line, say) changed of the loggers of the core, of plugins that ship, and of libraries."""
+    libraries = _state_of(*LIBRARIES)  # which set up their own when they are imported
+    _restore(_AT_FIRST)
+    logging.root.setLevel(_ROOT_LEVEL)
     yield
-    _log_as_at_first()
+    _restore([*_AT_FIRST, *libraries])
+    logging.root.setLevel(_ROOT_LEVEL)
 
 
 @pytest.fixture

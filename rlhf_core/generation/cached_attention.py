@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlhf_core.generation.paged_cache import BlockView, CachedSequence, PagedKVCache
+from rlhf_core.models.fast_linears import product_dtype
 
 HOLES = 2.0
 """A class's blocks are read as one range of the pool where, per block, at most so many others lie in it, divided by the rows that
@@ -252,19 +253,20 @@ class DecodingAttention(CachedAttention):
         queries = torch.zeros(((rows + 1) * kept, group * width), dtype=keys.dtype, device=query.device)
         torch.mul(query[0].transpose(0, 1), scale * LOG2_E, out=queries[:-kept].view(rows, heads, width))
         # Only the products are worked out class by class: at a few microseconds an operation, softmaxes of each took longer.
-        q = queries.index_select(0, lines.at).view(-1, width)
-        scores = torch.empty((len(q), self.cache.block_size), dtype=keys.dtype, device=query.device)
+        dtype = product_dtype(keys.dtype) if keys.device.type == "cpu" else keys.dtype
+        q = queries.index_select(0, lines.at).view(-1, width).to(dtype)
+        scores = torch.empty((len(q), self.cache.block_size), dtype=dtype, device=query.device)
         for one, each, product in zip(self._classes, lines.of_classes(q), lines.of_classes(scores), strict=True):
-            torch.bmm(each, keys[one.blocks].flatten(0, 1).transpose(1, 2), out=product)
+            torch.bmm(each, keys[one.blocks].flatten(0, 1).to(dtype).transpose(1, 2), out=product)
         scores = scores.float().add_(lines.hidden)
         most = torch.full(((rows + 1) * kept, group), LOWEST, device=query.device)
         most.scatter_reduce_(0, lines.at[:, None].expand(-1, group), scores.amax(-1).view(-1, group), "amax")
         weights = scores.sub_(most.index_select(0, lines.at).view(-1, 1)).exp2_()
         total = torch.zeros_like(most).index_add_(0, lines.at, weights.sum(-1).view(-1, group))
-        weights = weights.to(values.dtype)
-        found = torch.empty((len(q), out_width), dtype=values.dtype, device=query.device)
+        weights = weights.to(dtype)
+        found = torch.empty((len(q), out_width), dtype=dtype, device=query.device)
         for one, each, product in zip(self._classes, lines.of_classes(weights), lines.of_classes(found), strict=True):
-            torch.bmm(each, values[one.blocks].flatten(0, 1), out=product)
+            torch.bmm(each, values[one.blocks].flatten(0, 1).to(dtype), out=product)
         out = torch.zeros((len(most), group, out_width), device=query.device)
         out.index_add_(0, lines.at, found.float().view(-1, group, out_width))
         return out.div_(total[..., None])[:-kept].reshape(1, rows, heads, out_width)

@@ -2,7 +2,8 @@
 
 Weights are packed once, where oneDNN would bring them into its own order in each product. Layers that read the same input, such
 as q, k and v, are one product, and their input is cast once. For float32, PyTorch on x86 calls MKL, which needs twice oneDNN's
-time on processors of another maker. Whether packed products are faster at all is measured.
+time on processors of another maker. Whether packed products are faster at all is measured. Where a processor has no instructions
+for bf16, its products of 16-bit numbers run in float32, and are rounded as they would be.
 
 Where layers have LoRA adapters, all first matrices of a group are one product more, and all second ones another.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,6 +43,9 @@ MARGINS = {torch.float32: 0.75, torch.bfloat16: 0.95}
 the same bits. In float32 it doesn't on x86: a share that noise doesn't cross makes all of a machine's processes agree."""
 MEMORY_SHARE = 0.25
 """Weights are packed where their copy takes at most this share of the memory that is available."""
+WIDE_MARGIN = 0.5
+"""Products of 16-bit numbers run in float32 where that takes at most this share of the time of any other way: about a fifth on
+processors without instructions for bf16, more than the whole on others."""
 ROWS = 64
 """Tokens in a product for which weights are packed; any number may come."""
 
@@ -111,7 +116,8 @@ class FastLinears:
     def _forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         ordinary = torch.is_grad_enabled() or not holds(self) or not x.numel() or args or kwargs
-        if ordinary or not _is_faster(dtype, torch.get_num_threads()):
+        way = None if ordinary else _way(dtype, torch.get_num_threads())
+        if way is None:
             return _plain(layer, x, *args, **kwargs)
         product = self._products.get(layer)
         if product is not None and product.dtype == dtype:
@@ -119,8 +125,9 @@ class FastLinears:
             return product.of(layer, x) if update is None or update.is_current() else _plain(layer, x)
         if self._pack and layer not in self._bases:
             self._note(layer, x, dtype)
-        if dtype == torch.float32 and type(layer) is nn.Linear and layer.weight.dtype == dtype:
-            return onednn_linear(x, layer.weight, layer.bias)
+        if type(layer) is nn.Linear and way == torch.float32 and (dtype != way or layer.weight.dtype == way):
+            bias = None if layer.bias is None else layer.bias.to(dtype).to(way)
+            return onednn_linear(x.to(dtype).to(way), layer.weight.to(dtype).to(way), bias).to(dtype)
         return _plain(layer, x)
 
     def _note(self, layer: Any, x: Tensor, dtype: torch.dtype) -> None:
@@ -136,7 +143,7 @@ class FastLinears:
             self._last = x
 
     def _pack_group(self, group: list[Any], dtype: torch.dtype) -> None:
-        size = sum(_base(layer).weight.numel() for layer in group) * dtype.itemsize
+        size = sum(_base(layer).weight.numel() for layer in group) * product_dtype(dtype).itemsize
         if size <= self._left:
             self._left -= size
             self._products.update(dict.fromkeys(group, _Product(group, dtype, self._split)))
@@ -160,8 +167,9 @@ class _Product:
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, split: Callable[[_Product], None]) -> None:
         self.layers, self.dtype, self._split = list(layers), dtype, split
         self._bases = [_base(layer) for layer in layers]
+        self._wide = product_dtype(dtype)
         self._made_from = self._versions()
-        matrices = [_matrix(base).detach().to(dtype) for base in self._bases]
+        matrices = [_matrix(base).detach().to(dtype).to(self._wide) for base in self._bases]
         self._widths = [len(one) for one in matrices]
         self._bias = self._biases()
         self._weight = _reordered(torch.cat(matrices))
@@ -175,7 +183,7 @@ class _Product:
         if all(one is None for one in biases):
             return None
         whole = [torch.zeros(n) if b is None else b.detach() for n, b in zip(self._widths, biases, strict=True)]
-        return torch.cat([one.to(self.dtype) for one in whole])
+        return torch.cat([one.to(self.dtype).to(self._wide) for one in whole])
 
     def _adapters(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the adapters' first matrices, packed, and their second ones, scaled, as the blocks of one (K, O)."""
@@ -188,7 +196,8 @@ class _Product:
             ups.append(torch.cat(own) if own else torch.zeros(0, width))
         if not downs:
             return None, None
-        return _reordered(torch.cat(downs).to(self.dtype)), torch.block_diag(*ups).to(self.dtype)
+        down, up = (one.to(self.dtype).to(self._wide) for one in (torch.cat(downs), torch.block_diag(*ups)))
+        return _reordered(down), up
 
     def of(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return a layer's output (…, O) for an input (…, I)."""
@@ -207,11 +216,11 @@ class _Product:
 
     def _compute(self, x: Tensor) -> Tensor:
         """Return (…, O) all layers' outputs, side by side."""
-        x = x.to(self.dtype)
+        x = x.to(self.dtype).to(self._wide)
         found = onednn_linear(x, self._weight, self._bias)
         if self._down is not None and self._up is not None:
             found.view(-1, found.shape[-1]).addmm_(onednn_linear(x, self._down).view(-1, len(self._up)), self._up)
-        return found
+        return found.to(self.dtype)
 
     def forget(self) -> None:
         """Release the last input and outputs."""
@@ -236,14 +245,18 @@ class _Product:
 
 def packed(weight: Tensor) -> Tensor:
     """Return a weight (O, I) as `product` reads it fastest: packed where that is faster, else as it is."""
-    if weight.device.type != "cpu" or not _is_faster(weight.dtype, torch.get_num_threads()):
-        return weight
-    return _reordered(weight)
+    way = _way(weight.dtype, torch.get_num_threads()) if weight.device.type == "cpu" else None
+    return weight if way is None else _reordered(weight.to(way))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x · weightᵀ (…, O) for x (…, I) of the weight's dtype and a weight from `packed`."""
-    return onednn_linear(x, weight) if weight.is_mkldnn else F.linear(x, weight)
+    """Return x · weightᵀ (…, O) in x's dtype, for x (…, I) of the dtype of the weight that `packed` was given."""
+    return onednn_linear(x.to(weight.dtype), weight).to(x.dtype) if weight.is_mkldnn else F.linear(x, weight)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which products of a dtype's numbers run on a CPU: itself, or float32 where that is much faster."""
+    return _way(dtype, torch.get_num_threads()) or dtype
 
 
 def _is_plain(module: Any) -> bool:
@@ -292,35 +305,61 @@ def _reordered(weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def _is_faster(dtype: torch.dtype, threads: int) -> bool:
-    """Tell whether packed products of a decoding step are faster on this machine, and right.
+def _way(dtype: torch.dtype, threads: int) -> torch.dtype | None:
+    """Return the dtype in which packed products of a decoding step run on this machine; None where PyTorch's are taken.
 
     Args:
         threads: that PyTorch uses; the answer is kept for each number of them.
     """
     if dtype not in MARGINS:
-        return False
+        return None
     choice = f"{str(dtype).removeprefix('torch.')} products in generation"
+    ways = {"oneDNN": dtype} | ({"oneDNN in float32": torch.float32} if dtype != torch.float32 else {})
+    usable = {name: way for name, way in ways.items() if _is_right(dtype, way)}
+    if not usable:
+        note_choice(choice, "PyTorch", reason="oneDNN lacks these products, or they are wrong", threads=threads)
+        return None
+    recorded = follow_record(choice, threads=threads)
+    if recorded == "PyTorch" or recorded in usable:
+        return usable.get(recorded)
+    works = {name: functools.partial(_packed_product(dtype, way), _example(dtype)[0]) for name, way in usable.items()}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        theirs, *ours = least_seconds(lambda: F.linear(*_example(dtype)), *works.values())
+    seconds = dict(zip(works, ours, strict=True))
+    taken, best = "PyTorch", theirs
+    if seconds.get("oneDNN", math.inf) < MARGINS[dtype] * theirs:
+        taken, best = "oneDNN", seconds["oneDNN"]
+    if seconds.get("oneDNN in float32", math.inf) < WIDE_MARGIN * best:
+        taken, best = "oneDNN in float32", seconds["oneDNN in float32"]
+    shares = {f"share_of_time_{name.replace(' ', '_')}": round(one / theirs, 3) for name, one in seconds.items()}
+    note_choice(choice, taken, **shares, taken_up_to=MARGINS[dtype], threads=threads)
+    return usable.get(taken)
+
+
+@functools.cache
+def _example(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a decoding step's x (N, I) and weight (O, I)."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 768, generator=generator).to(dtype) for rows in (ROWS, 1536))
+    return x, weight
+
+
+def _packed_product(dtype: torch.dtype, way: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return the example's product with packed weights, in a dtype."""
+    weight = _reordered(_example(dtype)[1].to(way))
+    return lambda x: onednn_linear(x.to(way), weight).to(dtype)
+
+
+def _is_right(dtype: torch.dtype, way: torch.dtype) -> bool:
+    """Tell whether this build of PyTorch has packed products in a dtype, for this processor, and what they give is right."""
+    x, weight = _example(dtype)
+    expected = x.double() @ weight.double().T
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            reordered = _reordered(weight)
-            expected = x.double() @ weight.double().T
-            difference = float((onednn_linear(x, reordered).double() - expected).norm() / expected.norm())
-            if difference >= (1e-5 if dtype == torch.float32 else 1e-2):
-                note_choice(choice, "PyTorch", reason="oneDNN's results are wrong", threads=threads)
-                return False
-            if (recorded := follow_record(choice, threads=threads)) is not None:
-                return recorded == "oneDNN"
-            ours, theirs = least_seconds(lambda: onednn_linear(x, reordered), lambda: F.linear(x, weight))
-    except (AttributeError, RuntimeError, NotImplementedError):  # a build of PyTorch without oneDNN
-        note_choice(choice, "PyTorch", reason="this build of PyTorch has no oneDNN", threads=threads)
+            found = _packed_product(dtype, way)(x).double()
+    except (AttributeError, RuntimeError, NotImplementedError):
         return False
-    share = ours / theirs
-    taken = "oneDNN" if share < MARGINS[dtype] else "PyTorch"
-    note_choice(choice, taken, share_of_time=round(share, 3), taken_up_to=MARGINS[dtype], threads=threads)
-    return share < MARGINS[dtype]
+    return float((found - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def measure_products() -> None:
@@ -328,4 +367,4 @@ def measure_products() -> None:
     threads = torch.get_num_threads()
     is_faster(threads)
     for dtype in MARGINS:
-        _is_faster(dtype, threads)
+        _way(dtype, threads)

@@ -152,7 +152,7 @@ class PolicyModel(SequenceModel):
             weight: from `head_weight`.
         """
         if weight is not None:
-            return product(hidden.to(weight.dtype), weight)
+            return product(hidden.to(self.precision), weight)
         layer = self.output_layer
         if layer.own_code or layer.cap is not None or layer.slope != 1.0:
             return self.logits(hidden)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rlhf_core.generation import cached_attention
 from rlhf_core.generation.cached_attention import ChunkAttention, DecodingAttention
 from rlhf_core.generation.paged_cache import CachedSequence, PagedKVCache
 
@@ -101,8 +102,10 @@ def test_rows_of_random_trees_of_sequences(seed: int, size: int, fills: bool) ->
     assert not cache.used_blocks
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_products_in_16_bits_differ_by_their_rounding(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("way", [torch.bfloat16, torch.float32])
+def test_products_of_16_bits_differ_by_their_rounding(monkeypatch: pytest.MonkeyPatch, way: torch.dtype) -> None:
+    dtype = torch.bfloat16
+    monkeypatch.setattr(cached_attention, "product_dtype", lambda dtype: way)
     cache = PagedKVCache(64, 4, torch.device("cpu"))
     model = Model(cache, random.Random(1))
     first = model.new()

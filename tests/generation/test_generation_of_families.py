@@ -33,9 +33,9 @@ def _packed_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have weights packed for completions of any length, whatever is faster on this machine."""
     monkeypatch.setattr(native_backend, "PACK_FOR", 1)
     monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
     yield
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_adapters_packed_with_their_weights(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: torch.dtype, limit: float
 ) -> None:
     monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
     model = adapted(name="second", **options)
     model.base_model.set_adapter(["default", "second"])
     fast = fast_linears.FastLinears(model)
@@ -96,14 +96,14 @@ def test_adapters_packed_with_their_weights(
     with model.disable_adapter():
         assert difference() < limit
     assert not any("forward" in module.__dict__ for module in model.modules())
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pack", [False, True])
 def test_adapters_switched_by_somebody_else_meanwhile(monkeypatch: pytest.MonkeyPatch, pack: bool) -> None:
     monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
     model = adapted(name="second")
     ordinary = model(IDS).logits
     with model.disable_adapter():
@@ -117,14 +117,14 @@ def test_adapters_switched_by_somebody_else_meanwhile(monkeypatch: pytest.Monkey
         second = model(IDS).logits
     assert (model(IDS).logits - second).abs().max() < 1e-5
     assert (second - ordinary).abs().max() > 1e-2
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pack", [False, True])
 def test_another_thread_runs_the_layers_as_ever(monkeypatch: pytest.MonkeyPatch, pack: bool) -> None:
     monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
     model = adapted()
     ordinary, ran = model(IDS).logits, list[bool]()
     with fast_adapters(model), fast_linears.FastLinears(model).running(pack=pack):
@@ -142,13 +142,13 @@ def test_another_thread_runs_the_layers_as_ever(monkeypatch: pytest.MonkeyPatch,
         thread.start()
         thread.join()
     assert ran == [True] and len(calls) == 1
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
 
 
 @torch.no_grad()
 def test_hooks_of_the_layers_below_adapters_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
     model = adapted()
     bases = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
     bases[1].register_forward_hook(lambda module, arguments, output: output * 2)
@@ -157,7 +157,7 @@ def test_hooks_of_the_layers_below_adapters_run(monkeypatch: pytest.MonkeyPatch)
     with fast_adapters(model), fast_linears.FastLinears(model).running(pack=True):
         for _ in range(3):
             assert (model(IDS).logits - expected).abs().max() < 1e-5
-    fast_linears._is_faster.cache_clear()
+    fast_linears._way.cache_clear()
 
 
 def test_several_active_adapters_add_up() -> None:

@@ -20,9 +20,9 @@ def _found_faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         module, "follow_record", lambda choice, *, threads: None
     )  # of a run that an earlier test resumed
-    module._is_faster.cache_clear()
+    module._way.cache_clear()
     yield
-    module._is_faster.cache_clear()
+    module._way.cache_clear()
 
 
 class Layers(nn.Module):
@@ -193,3 +193,39 @@ def test_a_single_weight_may_be_packed() -> None:
     assert (product(x, packed(weight)) - x @ weight.t()).abs().max() < 1e-5
     half = torch.randn(40, 24, dtype=torch.float16)
     assert packed(half) is half
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pack", [False, True])
+def test_products_of_16_bits_run_in_float32_where_that_is_much_faster(
+    monkeypatch: pytest.MonkeyPatch, pack: bool
+) -> None:
+    monkeypatch.setattr(module, "WIDE_MARGIN", float("inf"))
+    layers, x = Layers(), torch.randn(3, 24)
+    rounded = [one.bfloat16().double() for one in (x, layers.q.weight, layers.q.bias)]
+    exact = (rounded[0] @ rounded[1].T + rounded[2]).bfloat16()
+    fast = FastLinears(layers)
+    with torch.autocast("cpu", dtype=torch.bfloat16), fast.running(pack=pack):
+        for _ in range(3):
+            assert torch.equal(layers.q(x), exact)
+            layers(x)
+    assert {one._weight.dtype for one in fast._products.values()} == ({torch.float32} if pack else set())
+    weight = layers.q.weight.bfloat16()
+    assert torch.equal(product(x.bfloat16(), packed(weight)), (rounded[0] @ rounded[1].T).bfloat16())
+    assert (
+        module.product_dtype(torch.bfloat16) == torch.float32 and module.product_dtype(torch.float16) == torch.float16
+    )
+
+
+def test_a_way_that_another_process_took_is_taken_where_this_one_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WIDE_MARGIN", float("inf"))
+    for taken, way in (("oneDNN in float32", torch.float32), ("PyTorch", None), ("oneDNN", torch.float32)):
+        monkeypatch.setattr(module, "_is_right", lambda dtype, way: way == torch.float32)
+        monkeypatch.setattr(module, "follow_record", lambda choice, *, threads, taken=taken: taken)
+        module._way.cache_clear()
+        assert (
+            module._way(torch.bfloat16, 2) == way
+        )  # packed bf16 isn't to be had here: measured, the margins are infinite
+    monkeypatch.setattr(module, "_is_right", lambda dtype, way: False)
+    module._way.cache_clear()
+    assert module._way(torch.bfloat16, 2) is None
