@@ -46,6 +46,11 @@ MEMORY_SHARE = 0.25
 WIDE_MARGIN = 0.5
 """Products of 16-bit numbers run in float32 where that takes at most this share of the time of any other way: about a fifth on
 processors without instructions for bf16, more than the whole on others."""
+LEAST_ROWS = 4
+"""For fewer tokens, bringing a weight that isn't packed into float32 takes longer than a product in 16 bits."""
+PART = 1 << 20
+"""Of a weight that isn't packed, so many numbers are in float32 at a time: few enough to stay in the processor's caches, and in
+memory that is used again."""
 ROWS = 64
 """Tokens in a product for which weights are packed; any number may come."""
 
@@ -125,9 +130,11 @@ class FastLinears:
             return product.of(layer, x) if update is None or update.is_current() else _plain(layer, x)
         if self._pack and layer not in self._bases:
             self._note(layer, x, dtype)
-        if type(layer) is nn.Linear and way == torch.float32 and (dtype != way or layer.weight.dtype == way):
-            bias = None if layer.bias is None else layer.bias.to(dtype).to(way)
-            return onednn_linear(x.to(dtype).to(way), layer.weight.to(dtype).to(way), bias).to(dtype)
+        if type(layer) is nn.Linear and way == torch.float32:
+            if dtype != way and x.numel() >= LEAST_ROWS * x.shape[-1]:
+                return _widened(layer, x, dtype)
+            if dtype == way == layer.weight.dtype:
+                return onednn_linear(x, layer.weight, layer.bias)
         return _plain(layer, x)
 
     def _note(self, layer: Any, x: Tensor, dtype: torch.dtype) -> None:
@@ -285,6 +292,15 @@ def _matrix(base: Any) -> Tensor:
     """Return a layer's weight as (O, I)."""
     weight: Tensor = base.weight
     return weight.t() if type(base) is Conv1D else weight
+
+
+def _widened(layer: nn.Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a layer's output for products of a 16-bit dtype that run in float32, with a weight that isn't packed."""
+    x = x.to(dtype).float()
+    parts = layer.weight.split(max(1, PART // layer.in_features))
+    biases = [None] * len(parts) if layer.bias is None else layer.bias.to(dtype).float().split([*map(len, parts)])
+    found = [onednn_linear(x, part.to(dtype).float(), bias).to(dtype) for part, bias in zip(parts, biases, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def _plain(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

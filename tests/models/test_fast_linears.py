@@ -10,6 +10,7 @@ import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_core.models import cpu_products
 from rlhf_core.models import fast_linears as module
 from rlhf_core.models.fast_linears import FastLinears, packed, product
 
@@ -201,7 +202,7 @@ def test_products_of_16_bits_run_in_float32_where_that_is_much_faster(
     monkeypatch: pytest.MonkeyPatch, pack: bool
 ) -> None:
     monkeypatch.setattr(module, "WIDE_MARGIN", float("inf"))
-    layers, x = Layers(), torch.randn(3, 24)
+    layers, x = Layers(), torch.randn(4, 24)
     rounded = [one.bfloat16().double() for one in (x, layers.q.weight, layers.q.bias)]
     exact = (rounded[0] @ rounded[1].T + rounded[2]).bfloat16()
     fast = FastLinears(layers)
@@ -229,3 +230,27 @@ def test_a_way_that_another_process_took_is_taken_where_this_one_has_it(monkeypa
     monkeypatch.setattr(module, "_is_right", lambda dtype, way: False)
     module._way.cache_clear()
     assert module._way(torch.bfloat16, 2) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", [1, 100, 1000])
+def test_a_weight_that_is_not_packed_is_widened_in_parts_and_for_few_tokens_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr(module, "WIDE_MARGIN", float("inf"))
+    monkeypatch.setattr(module, "PART", part)
+    layers, x, seen = Layers().bfloat16(), torch.randn(2, 5, 24).bfloat16(), []
+    wide = layers.q.weight.double(), layers.q.bias.double()
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(weight.numel())
+        return cpu_products.onednn_linear(x, weight, bias)
+
+    assert module._way(torch.bfloat16, torch.get_num_threads()) == torch.float32
+    monkeypatch.setattr(module, "onednn_linear", noted)
+    with FastLinears(layers).running(pack=False):
+        torch.testing.assert_close(layers.q(x), (x.double() @ wide[0].T + wide[1]).bfloat16())
+        assert sum(seen) == layers.q.weight.numel() and max(seen) <= max(part, 24)
+        seen.clear()
+        assert torch.equal(layers.q(x[:, :1]), torch.nn.functional.linear(x[:, :1], layers.q.weight, layers.q.bias))
+        assert not seen
