@@ -62,7 +62,7 @@ def missing_column(
     contract: RecordType,
     columns: Mapping[str, str],
     *,
-    complete: bool,
+    earlier: Mapping[str, str],
     other: str | None,
 ) -> DataError:
     """Return the error for a row that lacks a field.
@@ -71,22 +71,27 @@ def missing_column(
         name: the field of the record type.
         found: field → column, those that the row has.
         columns: `dataset.columns`.
-        complete: whether an earlier row had all columns.
+        earlier: field → column of an earlier row that had all of them; empty where there is none.
         other: another record type that the row's columns fit.
     """
     own = columns.get(name, name)
     asked = _MissingColumn(name, own, row, found, contract, columns)
-    if (null := asked.null()) is not None:
+    # A whole conversation or text stands for the prompt and the response.
+    before = next((earlier[key] for key in (name, "messages", "text") if key in earlier), None)
+    if (null := asked.null(before)) is not None:
         meant = "" if own == name or null != own else f", from which `dataset.columns` takes `{name}`,"
         filled = [f"`{key}`" for key, value in row.values.items() if value is not None]
         others = f"; the columns that it fills are {', '.join(filled)}" if filled else ""
         problem = f"column `{null}`{meant} is null in this row"
-        return DataError(problem, place=row.place, fix=f"fill it, or delete the row{others}")
+        whole = asked.whole_input()
+        instead = f", or {_set({'prompt': whole})} if that is the whole prompt" if whole is not None else ""
+        return DataError(problem, place=row.place, fix=f"fill it{instead}, or delete the row{others}")
     fix = asked.fix()
     if own != name and value_kind(row.values.get(name)) in SHAPES[name]:
         fix = f"leave `{name}` out of `dataset.columns`: the row has a column of that name"
-    elif complete:
+    elif before is not None:
         fix = "the rows before have it: fill or delete this one"
+        own = before if own == name else own
     elif (seen := hint_of_row(row)) is not None:
         fix = seen
     elif other is not None:
@@ -116,10 +121,16 @@ class _MissingColumn:
         self.values: dict[str, Any] = {str(key): value for key, value in row.values.items()}
         self.kinds = {key: value_kind(value) for key, value in self.values.items()}
 
-    def null(self) -> str | None:
-        """Return the column that is there for the field and is null, if any."""
+    def null(self, before: str | None) -> str | None:
+        """Return the column that is there for the field and is null, if any.
+
+        Args:
+            before: the column in which an earlier row has the field.
+        """
         if self.own in self.values:
             return self.own
+        if self.own == self.name and before in self.values and self.values[before] is None:
+            return before
         names = {*OTHER_NAMES.get(self.name, ())}
         if self.name == "prompt":  # Neither is there a whole conversation.
             names |= CONVERSATIONS | ({"text"} & {*self.contract.optional})
@@ -127,6 +138,13 @@ class _MissingColumn:
             names -= {"input"} if self.candidates() else set()
         nulls = [key for key, value in self.values.items() if value is None and folded_name(key) in names]
         return nulls[0] if nulls and self.own == self.name else None
+
+    def whole_input(self) -> str | None:
+        """Return the column `input` that is filled where the prompt is null."""
+        if self.name != "prompt" or self.own != self.name:
+            return None
+        filled = [key for key, kind in self.kinds.items() if folded_name(key) == "input" and kind in TEXT]
+        return next((key for key in filled if str(self.values[key]).strip()), None)
 
     def candidates(self) -> list[str]:
         """Return the columns that may be meant: of the right kind, and named neither like another field nor like a note."""

@@ -88,20 +88,20 @@ class RowChecker:
         self._given = (record, self.columns, format, tuple(ignored))
         self._entries: dict[RowEntry, RowChecker] = {}
         self._margin: bool | None = None
-        self._complete = False
-        """Whether an earlier row had every required column."""
+        self._earlier: dict[str, str] = {}
+        """Field → column of the first row that had every required column; empty before that."""
         self._file: str | None = None
         """The file of the last such row; None where that isn't known."""
-        self._complete_entries: set[str] = set()
-        """Names of entries with columns or a format of their own of which that is so."""
+        self._earlier_of: dict[str, dict[str, str]] = {}
+        """Name of an entry with columns or a format of its own → the same for its rows."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the rows so far had: a margin, or None where there was no row yet; and whether one had every column."""
-        return {"margin": self._margin, "complete": self._complete, "entries": sorted(self._complete_entries)}
+        """Return what the rows so far had: a margin, or None where there was no row yet; and the columns of complete ones."""
+        return {"margin": self._margin, "earlier": self._earlier, "entries": self._earlier_of}
 
     def reset(self) -> None:
         """Forget the rows so far."""
-        self._margin, self._complete, self._complete_entries = None, False, set()
+        self._margin, self._earlier, self._earlier_of = None, {}, {}
 
     def absorb(self, state: Mapping[str, Any]) -> bool:
         """Go on as after rows that another checker has checked from its beginning; False where they don't follow those so far.
@@ -113,8 +113,8 @@ class RowChecker:
         if margin is not None and self._margin not in (None, margin):
             return False
         self._margin = margin if self._margin is None else self._margin
-        self._complete = self._complete or state["complete"]
-        self._complete_entries |= {*state["entries"]}
+        self._earlier = self._earlier or state["earlier"]
+        self._earlier_of = state["entries"] | self._earlier_of
         return True
 
     def check(self, row: Row) -> CheckedRow:
@@ -136,7 +136,7 @@ class RowChecker:
             absent = name not in found and not (whole and name in ("prompt", "response"))
             if absent and not (name == "prompt" and shape.prompt_inside):
                 raise self._missing(name, row, found)
-        self._complete, self._file = True, _file_of(row)
+        self._earlier, self._file = self._earlier or dict(found), _file_of(row)
         parts = read_prompt_responses(shape, self.contract, row.place)
         per_prompt, per_response = self._columns(shape, row)
         used = {*found.values(), *per_prompt}
@@ -157,10 +157,10 @@ class RowChecker:
     def _check_entry(self, row: Row, entry: RowEntry) -> CheckedRow:
         """Check a row of an entry of `data` that has columns or a format of its own."""
         checker = self._for_entry(entry)
-        checker._margin, checker._complete = self._margin, entry.name in self._complete_entries
+        checker._margin, checker._earlier = self._margin, self._earlier_of.get(entry.name, {})
         checked = checker.check(replace(row, entry=None))
         self._margin = checker._margin
-        self._complete_entries.add(entry.name)
+        self._earlier_of[entry.name] = checker._earlier
         own = {name for _, name in entry.columns}
         lacks = tuple((name, fix, entry.name if name in own else None) for name, fix, _ in checked.absent)
         return replace(checked, entry=entry.name, absent=lacks)
@@ -282,9 +282,9 @@ class RowChecker:
 
     def _missing(self, name: str, row: Row, found: Mapping[str, str]) -> DataError:
         """Return the error for a row that lacks the field `name`. `found` is field → column, those that it has."""
-        complete = self._complete and self._file in (None, _file_of(row))
-        other = None if complete else self._other_contract(row)
-        return missing_column(name, row, found, self.contract, self.columns, complete=complete, other=other)
+        earlier = self._earlier if self._file in (None, _file_of(row)) else {}
+        other = None if earlier else self._other_contract(row)
+        return missing_column(name, row, found, self.contract, self.columns, earlier=earlier, other=other)
 
     def _other_contract(self, row: Row) -> str | None:
         """Return the name of another record type with responses whose columns the row has; None where there is none."""

@@ -232,11 +232,16 @@ class _RowColumns:
         taken = {*self.contract.required, *self.given, *but}
         others = [self.folded[other] for other in OTHER_NAMES.get(name, ()) if other in self.folded]
         others = [column for column in others if column not in taken and (not kinds or self.kind(column) in kinds)]
-        if name == "prompt" and len(others) > 1:
+        if name == "prompt" and (len(others) > 1 or self.lacks_instruction()):
             others = [column for column in others if folded_name(column) != "input"]
         if len(others) > 1:
             raise self._ambiguous(others, name)
         return others[0] if others else None
+
+    def lacks_instruction(self) -> bool:
+        """Return whether a column for the prompt is null, so that an `input` beside it isn't the prompt."""
+        asking = {*OTHER_NAMES["prompt"]} - {"input", "inputs"}
+        return any(kind == "null" and folded_name(name) in asking for name, kind in self.kinds.items())
 
     def guess(self, name: str, kinds: Iterable[str], *, but: Iterable[str | None]) -> str | None:
         """Return what `find` returns, but None where several columns fit or `dataset.ignore_columns` lists the field."""

@@ -120,6 +120,20 @@ def test_what_earlier_rows_have_is_said_of_one_file_alone(tmp_path: Path) -> Non
     assert error.fix == "the rows before have it: fill or delete this one"
 
 
+def test_a_column_is_missed_by_the_name_that_the_rows_before_have(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"question": "a", "answer": "b"},
+        {"answer": "b"},
+        {"question": None, "answer": "b"},
+    ]
+    missing, null = survey_data(_rows(tmp_path / "pairs.jsonl", rows), "sft").mistakes.kept
+    assert "no column `question`" in str(missing) and "column `question` is null" in str(null)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    threads = _rows(tmp_path / "threads.jsonl", [{"thread": turns}, {"thread": None}, {"other": 1}])
+    null, missing = survey_data(threads, "sft").mistakes.kept
+    assert "column `thread` is null" in str(null) and "no column `thread`" in str(missing)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "fix"),
     [
