@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rlhf_core.infra.errors import RLHFError, printable
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         only_this_distribution()
 
     def run() -> int:
-        code = 0 if _without_typer(tokens) else _with_typer(tokens)
+        with _said_in_flags(tokens):
+            code = 0 if _without_typer(tokens) else _with_typer(tokens)
         sys.stdout.flush()
         if arguments is None:
             _end_results()
@@ -52,6 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _may_hang():
             _may_hang().leave(code)
     return code
+
+
+@contextmanager
+def _said_in_flags(tokens: Sequence[str]) -> Iterator[None]:
+    """Within this context, errors name options by their flags, unless the command line names a configuration file."""
+    try:
+        yield
+    except RLHFError as error:
+        from rlhf_core.cli.flag_wording import names_a_file, say_in_flags
+
+        if not names_a_file(tokens):
+            say_in_flags([error])
+        raise
 
 
 def _may_hang() -> Any:

@@ -171,7 +171,8 @@ def _sampling_flags(arguments: Sequence[str]) -> dict[str, Any]:
     for flag in flags:
         if option_at(SamplingConfig, flag.name) is None:
             own = ("beside", "system", "template", "history", "resume", "seed", "precision")
-            near = did_you_mean(flag.name, [name.replace("_", "-") for name in (*SamplingConfig.model_fields, *own)])
+            known = [name.replace("_", "-") for name in (*SamplingConfig.model_fields, *own)]
+            near = did_you_mean(flag.typed, [f"--{name}" for name in known])
             raise ConfigError(f"unknown option `{flag.name}`", place=flag.typed, fix=f"{near}; see `rlhf chat --help`")
     values, places = convert(flags, SamplingConfig, owner="chat")
     SamplingConfig.parse(values, place=places)

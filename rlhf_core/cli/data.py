@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
+from rlhf_core.cli.flag_wording import say_in_flags
 from rlhf_core.cli.printing import (
     encodable,
     folded,
@@ -76,6 +77,7 @@ def data(
         max_length=config.length_limit,
         limit=limit or None,
     )
+    say_in_flags(survey.mistakes.kept)
     if as_json:
         print_json(survey.as_dict())
     else:

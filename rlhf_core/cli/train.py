@@ -13,6 +13,7 @@ import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, run_recipe, shell_completion
 from rlhf_core.cli.data import print_mistakes
+from rlhf_core.cli.flag_wording import names_a_file, say_in_flags
 from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
@@ -254,6 +255,8 @@ def _forecast(
             if not resume:
                 refuse_inputs_inside(output, job.resolved())
     if found.mistakes:
+        if not names_a_file([target, *flags]):
+            say_in_flags(found.mistakes.kept)
         print_mistakes(found.mistakes, _SHOWN, to_stderr=True)
         raise typer.Exit(min(error.exit_code for error in found.mistakes.kept))
     assert job is not None

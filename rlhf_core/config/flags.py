@@ -112,12 +112,27 @@ def unknown_option(
     problem, names = f"unknown option `{name}` of {owner}", list(option_names(config))
     if (ours := said_here(name, config, also)) is not None:
         return ConfigError(problem, place=place, fix=as_flags(ours) if place.startswith("--") else ours)
-    near = nearest_names(name, [*also, *names]) or nearest_names(name.rpartition(".")[2], names)
+    near = _near_entries(name, config) or nearest_names(name, [*also, *names])
+    near = near or nearest_names(name.rpartition(".")[2], names)
     if not near and (ours := said_elsewhere(name)) is not None:
         return ConfigError(problem, place=place, fix=ours)
-    hint = f"did you mean {either(near)}? " if near else ""
+    dashes = "--" if place.startswith("--") else ""
+    hint = f"did you mean {either(f'{dashes}{one}' for one in near)}? " if near else ""
     listed = f"rlhf {owner} --help" if owner in _VERBS else f"rlhf show {owner} --all"
     return ConfigError(problem, place=place, fix=f"{hint}`{listed}` lists them")
+
+
+def _near_entries(name: str, config: type[BaseModel]) -> list[str]:
+    """Return entries of mappings that may be meant: of `dataset.colums.prompt` the mapping is mistyped, and its key is free."""
+    group, _, key = name.rpartition(".")
+    if not group or option_at(config, group) is not None:
+        return []
+    mappings = [
+        one
+        for one in option_names(config)
+        if any(get_origin(kind) is dict for kind in (option_at(config, one) or ("", ()))[1])
+    ]
+    return [f"{one}.{key}" for one in nearest_names(group, mappings)]
 
 
 def _may_be_text(member: Any) -> bool:

@@ -280,7 +280,7 @@ def test_a_model_without_a_template_needs_one_or_none(talk: Talk, plain: str, mo
     [
         (["./gone"], 4, "no such model directory or file"),
         (["MODEL", "--beside", "./gone"], 4, "./gone: no such model directory or file"),
-        (["MODEL", "--temprature", "1"], 2, "did you mean `temperature`"),
+        (["MODEL", "--temprature", "1"], 2, "did you mean `--temperature`"),
         (["MODEL", "--temperature", "-1"], 2, "--temperature: must be greater"),
         (["MODEL", "--top-p", "0"], 2, "--top-p: must be greater"),
         (["MODEL", "--precision", "fp32"], 2, "use one of: auto"),

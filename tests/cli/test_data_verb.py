@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_core.cli.flag_wording import in_flags
 from rlhf_core.testing.tiny import save_tiny
 
 GOOD = {"prompt": "What is 2 + 2?", "response": "4"}
@@ -91,7 +92,7 @@ def test_a_survey_as_json(rlhf, tmp_path: Path, model: str) -> None:
         ),
         (["--batch-size", "1"], "error[config] --batch-size: doesn't decide how rows are read"),
         (["--method", "dpoo"], "error[config] registry: unknown trainer `dpoo`"),
-        (["--dataset.columns.promt", "a", "--method", "sft"], "error[config] dataset.columns.promt"),
+        (["--dataset.columns.promt", "a", "--method", "sft"], "error[config] --dataset.columns.promt"),
         (["--model", "/nowhere"], "error[model] /nowhere: no such model"),
     ],
 )
@@ -119,3 +120,20 @@ def test_nothing_is_written_beside_the_data(rlhf, tmp_path: Path, model: str) ->
     before = sorted(tmp_path.rglob("*"))
     assert rlhf("data", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"))[0] == 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_columns_are_named_by_flags_or_as_a_file_has_them(rlhf, tmp_path: Path, model: str) -> None:
+    path = _write(tmp_path / "rows.jsonl", {"article": "a", "the summary": "b"}, {"article": "c", "the summary": "d"})
+    flags = "give `--dataset.columns.prompt COLUMN --dataset.columns.response COLUMN`, each COLUMN one of article"
+    _, out, _ = rlhf("data", path, "--method", "sft")
+    assert flags in " ".join(out.split())
+    for more in (["--dry-run"], []):
+        code, _, err = rlhf("train", "sft", "--data", path, "--model", model, "--output", str(tmp_path / "run"), *more)
+        assert code == 3 and flags in err
+    file = tmp_path / "sft.yaml"
+    file.write_text(f"method: sft\nmodel: {model}\ndata: {path}\noutput: {tmp_path / 'run'}\n")
+    assert "set `dataset.columns` to `{prompt: COLUMN, response: COLUMN}`" in rlhf("validate", str(file))[2]
+    said = in_flags('set `dataset.columns` to `{prompt: article, response: "the: summary"}`')
+    assert said == "give `--dataset.columns.prompt article --dataset.columns.response 'the: summary'`"
+    assert in_flags("leave `prompt` out of `dataset.columns`") == "leave out `--dataset.columns.prompt`"
+    assert in_flags("say which by `columns`, such as `{prompt: a}`") == "say which by `--columns.prompt a`"

@@ -94,7 +94,7 @@ def test_a_file_and_flags_and_a_dry_run(rlhf, models: dict[str, str]) -> None:
         (["--metrics", "kl"], 2, "`kl` can't be measured: there is no reference"),
         (["--metrics", "klx"], 2, "must be 'length'"),
         (["--validator", "exact_mach"], 2, "exact_match"),
-        (["--referense", "m"], 2, "did you mean `reference`?"),
+        (["--referense", "m"], 2, "did you mean `--reference`?"),
         (["--referense", "m"], 2, "`rlhf evaluate --help` lists them"),
         (["--judge", "m"], 2, "`judge` compares with a baseline"),
         (["--n", "0"], 2, "greater than or equal to 1"),

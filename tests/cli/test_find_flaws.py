@@ -56,7 +56,7 @@ def test_a_reward_that_is_pleased_by_what_is_wrong(data: Path, capsys: pytest.Ca
     [
         (["--proxy", "length"], "give both `proxy` and `verifier`"),
         (["--detectors", "repetitoin"], "did you mean `repetition`?"),
-        (["--outptu", "x"], "did you mean `output`?"),
+        (["--outptu", "x"], "did you mean `--output`?"),
         (["--verifier", "nomeric_answer", "--proxy", "repetition"], "did you mean `numeric_answer`?"),
     ],
 )

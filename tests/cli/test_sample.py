@@ -290,7 +290,7 @@ FAULTS: dict[str, tuple[list[str], int, str]] = {
     "n below 1": (["generate", "--model", "M", "--prompts", "hi there", "--n", "0"], 2, "--n: must be greater than"),
     "temperature": (["generate", "--model", "M", "--prompts", "a b", "--temperature", "-1"], 2, "--temperature: must be"),
     "top-p": (["generate", "--model", "M", "--prompts", "a b", "--top-p", "1.5"], 2, "--top-p: must be less than"),
-    "unknown option": (["generate", "--model", "M", "--prompts", "a b", "--temprature", "1"], 2, "did you mean `temperature`"),
+    "unknown option": (["generate", "--model", "M", "--prompts", "a b", "--temprature", "1"], 2, "did you mean `--temperature`"),
     "slip in a key": (["generate", "--modle", "M", "--prompts", "a b"], 2, "did you mean `--model`"),
     "no such file": (["generate", "--model", "M", "--prompts", "gone.jsonl"], 3, "no such file"),
     "no such text": (["generate", "--model", "M", "--prompts", "gone.txt"], 3, "gone.txt: no such file"),

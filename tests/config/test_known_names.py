@@ -132,8 +132,12 @@ def test_what_a_name_is_said_to_be_here_exists() -> None:
 
 
 def test_equally_near_names_are_all_offered() -> None:
-    with pytest.raises(ConfigError, match="unknown option `bata` of dpo; fix: did you mean `data` or `beta`"):
+    with pytest.raises(ConfigError, match="unknown option `bata` of dpo; fix: did you mean `--data` or `--beta`"):
         load_job("dpo", flags=[*BASE, "--bata", "1"])
+    with pytest.raises(ConfigError, match=r"fix: did you mean `--dataset\.columns\.prompt`"):
+        load_job("dpo", flags=[*BASE, "--dataset.colums.prompt", "q"])
+    with pytest.raises(ConfigError, match=r"fix: did you mean `--dataset\.columns`"):
+        load_job("dpo", flags=[*BASE, "--dataset.colums", "q"])
     with pytest.raises(ConfigError, match=r"fix: did you mean `--data`\?$"):
         load_job("sft", flags=[*BASE, "--dat", "1"])
 
