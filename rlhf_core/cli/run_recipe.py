@@ -98,7 +98,8 @@ def check(recipe: str, changes: dict[str, Any] | None = None, *, as_json: bool =
     if errors:
         _refuse(errors)
     if not as_json:
-        print_text(f"ok: {recipe} is a valid recipe of {len(plan.stages)} stages")
+        stages = "1 stage" if len(plan.stages) == 1 else f"{len(plan.stages)} stages"
+        print_text(f"ok: {recipe} is a valid recipe of {stages}")
 
 
 def _show(plan: PipelinePlan, costs: list[tuple[str, ...]]) -> None:

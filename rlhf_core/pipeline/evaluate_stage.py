@@ -11,9 +11,10 @@ from rlhf_core.config.flags import refuse_unknown
 from rlhf_core.config.lm_eval_run import LmEvalRunConfig
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.evaluation.evaluation_job import load_evaluation_run
+from rlhf_core.evaluation.evaluation_report import EvaluationReport
 from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE
 from rlhf_core.evaluation.lm_eval_tasks import find_tasks
-from rlhf_core.infra.errors import ConfigError, Mistakes, RLHFError
+from rlhf_core.infra.errors import ConfigError, Mistakes, RLHFError, nearest
 from rlhf_core.infra.files import replace_file
 from rlhf_core.pipeline.recipe import every_error
 from rlhf_core.pipeline.stage import (
@@ -109,7 +110,22 @@ class EvaluateStage(Stage):
         except RLHFError as error:
             errors += every_error(error)
         errors += check_prompts(self.values, self.entry.place("prompts"))
-        return [*errors, *self._model_errors(MODEL, _REFERENCE, "baseline")]
+        return [*errors, *self._compare_errors(), *self._model_errors(MODEL, _REFERENCE, "baseline")]
+
+    def _compare_errors(self) -> list[RLHFError]:
+        """Return what is wrong with the evaluation that `compare` names by its path, or by what may be a stage's name."""
+        given = self.values.get(_COMPARE)
+        if given is None or list(references(given)):  # a reference is checked as one
+            return []
+        try:
+            EvaluationReport.load(str(given))
+        except RLHFError as error:
+            if near := nearest(str(given), self.earlier):
+                problem = f"names the stage `{given}`, and no earlier stage has that name"
+                return [ConfigError(problem, place=self.entry.place(_COMPARE), fix=f"did you mean `{near}`?")]
+            fix = "name an earlier stage of the kind `evaluate`, or the directory of an evaluation"
+            return [type(error)(error.problem, place=f"{self.entry.place(_COMPARE)}: {given}", got=error.got, fix=fix)]
+        return []
 
     def _model_errors(self, *keys: str) -> list[RLHFError]:
         """Return what is wrong with the models that these keys of the recipe name."""

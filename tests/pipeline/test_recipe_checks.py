@@ -324,3 +324,18 @@ def test_the_time_of_tiny_stages_is_that_of_their_processes(folder: Path) -> Non
     # The tests of a stage that makes a policy are a process of their own.
     tested = seconds(capabilities={"suites": [suite]})
     assert tested == pytest.approx([sft + 4, evaluate, improve + 4], abs=1)
+
+
+def test_the_evaluation_that_one_is_compared_with_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {"kind": "evaluate", "name": "before", "prompts": "prompt.jsonl"}
+    after = before | {"name": "after"}
+    assert not errors_of(before, after | {"compare": "before"})
+    (near,) = errors_of(before, after | {"compare": "befor"})
+    assert "`befor`" in str(near) and "did you mean `before`?" in str(near)
+    (other,) = errors_of(before, after | {"compare": "elsewhere/evaluation"})
+    assert isinstance(other, DataError) and "elsewhere/evaluation" in str(other) and "kind `evaluate`" in str(other)
+    (folder / "one.yaml").write_text(
+        "model: model\noutput: out\nstages:\n  - {kind: evaluate, prompts: prompt.jsonl}\n"
+    )
+    assert main(["validate", "one.yaml"]) == 0
+    assert "a valid recipe of 1 stage\n" in capsys.readouterr().out
