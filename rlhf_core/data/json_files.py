@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from rlhf_core.data.columns import CONVERSATIONS, KNOWN
 from rlhf_core.data.messages import pair_keys, role_key
-from rlhf_core.data.one_json_object import OVER_LINES, object_instead_of_rows, object_over_lines
+from rlhf_core.data.one_json_object import (
+    OVER_LINES,
+    ObjectOverLines,
+    belongs,
+    object_instead_of_rows,
+    object_over_lines,
+    read_over_lines,
+)
 from rlhf_core.data.row_source import Cursor, Row, TextFile
 from rlhf_core.infra.errors import DataError
 from rlhf_core.infra.files import DuplicateKey, unique_keys
@@ -20,6 +28,8 @@ logger = logging.getLogger(__name__)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*["}]')
 """How a line with one JSON object begins."""
+_LONGEST, _MOST_LINES = 1 << 20, 10_000
+"""Characters and lines that an object over several lines may have to be recognised."""
 _HUGE = re.compile(r"\d{4301,}")
 
 
@@ -28,7 +38,9 @@ class JsonLines(TextFile):
 
     def rows(self, start: Cursor) -> Iterator[Row]:
         row, line, offset = start.row, start.line, start.offset
-        for raw, ended in self.lines(offset):
+        lines, ahead = self.lines(offset), deque[tuple[bytes, bool]]()
+        while (one := ahead.popleft() if ahead else next(lines, None)) is not None:
+            raw, ended = one
             line, begin, offset = line + 1, offset, offset + len(raw) + ended
             place = f"{self.name}:{line}"
             try:
@@ -37,12 +49,45 @@ class JsonLines(TextFile):
                     continue
                 values = self._parse(text, place, ended=ended, first=begin == 0)
             except DataError as error:
-                if begin == 0 and (not _OBJECT.match(raw) or error.problem == OVER_LINES):
+                found = self._over_lines(raw, line, ahead, lines)
+                broken = found is not None and found.error.problem != OVER_LINES
+                if begin == 0 and not broken and (not _OBJECT.match(raw) or error.problem == OVER_LINES):
                     raise  # the whole file is something else, and each of its lines would be a mistake
-                self.refuse(error)
+                if found is None:
+                    self.refuse(error)
+                    continue
+                self.refuse(found.error)
+                for raw, ended in (ahead.popleft() for _ in range(found.lines - 1)):
+                    line, offset = line + 1, offset + len(raw) + ended
                 continue
             yield Row(row, place, values, Cursor(start.source, row + 1, line, offset))
             row += 1
+
+    def _over_lines(
+        self, raw: bytes, line: int, ahead: deque[tuple[bytes, bool]], lines: Iterator[tuple[bytes, bool]]
+    ) -> ObjectOverLines | None:
+        """Return the object over several lines that begins with a line which can't be read, if one does.
+
+        Args:
+            raw: that line; `line` is its number.
+            ahead: lines after it that were read already; completed in place.
+            lines: those after them.
+        """
+        texts = [raw.decode("utf-8", "replace").rstrip("\r")]
+        if not texts[0].lstrip().startswith("{"):
+            return None
+        size = len(raw)
+        while size < _LONGEST and len(texts) < _MOST_LINES:
+            if len(ahead) < len(texts):
+                if (one := next(lines, None)) is None:
+                    break
+                ahead.append(one)
+            following = ahead[len(texts) - 1][0].decode("utf-8", "replace").rstrip("\r")
+            if not belongs(following, texts[-1]):
+                break
+            texts.append(following)
+            size += len(following)
+        return read_over_lines(texts, self.name, line) if len(texts) > 1 else None
 
     def _parse(self, text: str, place: str, *, ended: bool, first: bool) -> dict[str, Any]:
         """Return the object on a line. `ended` tells whether a newline follows, `first` whether it is the file's first line."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,55 @@ def _columns(values: Mapping[str, Any], path: Path) -> DataError:
 def object_over_lines(values: Mapping[str, Any], path: Path) -> DataError:
     """Return the error for a file that begins with an object over several lines."""
     return object_instead_of_rows(values, path) or DataError(OVER_LINES, place=f"{path}:1", fix=_ON_ONE_LINE)
+
+
+@dataclass(frozen=True)
+class ObjectOverLines:
+    """An object over several lines of a file that has one object per line."""
+
+    lines: int
+    """How many lines it has, its first one among them."""
+    error: DataError
+    """What is said of it; where it is broken, with the line of the mistake."""
+
+
+def read_over_lines(lines: Sequence[str], name: str, first: int) -> ObjectOverLines | None:
+    """Return the object over several lines that begins with the first of some lines; None where none does.
+
+    Args:
+        lines: the first, whose end is reached before the object's, and those that follow (see `belongs`).
+        name: of the file.
+        first: number of the first line in the file.
+    """
+    text = "\n".join(lines)
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
+    except RecursionError:
+        return None
+    except json.JSONDecodeError as error:
+        if error.pos < len(lines[0].rstrip()):
+            return None
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+            found = DataError(
+                "an object that begins in this line isn't complete", place=f"{name}:{first}", fix=_ON_ONE_LINE
+            )
+            return ObjectOverLines(len(lines), found)
+        fix = f"repair the object over several lines that begins in line {first:,}, and {_ON_ONE_LINE}"
+        place = f"{name}:{first + error.lineno - 1}:{error.colno}"
+        return ObjectOverLines(len(lines), DataError("not valid JSON", place=place, got=error.msg, fix=fix))
+    count = text.count("\n", 0, end) + 1
+    return (
+        ObjectOverLines(count, DataError(OVER_LINES, place=f"{name}:{first}", fix=_ON_ONE_LINE)) if count > 1 else None
+    )
+
+
+def belongs(line: str, before: str) -> bool:
+    """Return whether a line may be of the object that earlier lines begin: neither a new object, nor after the object's end.
+
+    Args:
+        before: the line before it.
+    """
+    return not line.startswith(("{", "[")) and not before.startswith("}")
 
 
 def _named(names: Mapping[str, Any] | list[str]) -> str:

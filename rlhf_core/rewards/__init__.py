@@ -5,7 +5,7 @@ beside generation, `background` and `reward_process` are where they run, `scorin
 """
 
 from rlhf_core.rewards.function_reward import FunctionReward, RewardFunction, as_reward
-from rlhf_core.rewards.opening import RewardLike, check_given, check_rewards, open_reward, open_rewards
+from rlhf_core.rewards.opening import RewardLike, check_given, check_rewards, mistakes_beside, open_reward, open_rewards
 from rlhf_core.rewards.score_checks import checked_scores, checked_steps
 from rlhf_core.rewards.scoring import Rewards, RewardSession, Scores, rewards_changed, samples_of, samples_of_prompt
 from rlhf_core.rewards.session import WeightedReward
@@ -23,6 +23,7 @@ __all__ = [
     "check_rewards",
     "checked_scores",
     "checked_steps",
+    "mistakes_beside",
     "open_reward",
     "open_rewards",
     "rewards_changed",

@@ -80,6 +80,25 @@ def check_rewards(config: OnlineConfig, *, place: Mapping[str, str] | str = "rew
     _resolve_all(config.rewards, place)
 
 
+def mistakes_beside(given: Any, *, place: Mapping[str, str]) -> Mistakes:
+    """Return what is wrong with rewards of which some have wrong keys, but for those keys: unknown names, wrong options.
+
+    Args:
+        given: the list as a file has it.
+        place: for each dotted key that was set, where.
+    """
+    mistakes = Mistakes()
+    for number, one in enumerate(given if isinstance(given, list) else [given]):
+        if not isinstance(one, str | Mapping):
+            continue
+        whole = {"name": one} if isinstance(one, str) else one
+        config, _, _ = RewardConfig.parse_sound(whole, place=place, instead={})
+        if config is not None:
+            with mistakes.noted():
+                _resolve(config, f"rewards.{number}", place)
+    return mistakes
+
+
 def check_given(given: Sequence[RewardLike] | RewardLike, *, place: Mapping[str, str] | str = "rewards") -> None:
     """Check rewards as `open_rewards` would, without making any: modules are imported, no more.
 

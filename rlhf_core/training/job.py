@@ -27,7 +27,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.errors import ConfigError, Mistakes, RLHFError
 from rlhf_core.infra.redact import REDACTED, redact, redact_text
 from rlhf_core.registry.method_or_file import GivenValues, find_method, read_method_or_file
-from rlhf_core.rewards import check_rewards
+from rlhf_core.rewards import check_rewards, mistakes_beside
 from rlhf_core.training.run_samplers import check_samplers
 
 COMMAND_LINE = "command line"
@@ -156,7 +156,9 @@ def check_job(
     config, wrong, found = method.Config.parse_sound(options, place=places, instead={})
     mistakes += found
     if isinstance(config, OnlineConfig):
-        if "rewards" not in wrong:
+        if "rewards" in wrong:
+            mistakes += mistakes_beside(options.get("rewards"), place=places)
+        else:
             with mistakes.noted():
                 check_rewards(config, place=places)
         with mistakes.noted():

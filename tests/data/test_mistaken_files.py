@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_core.data.data_survey import survey_data
 from rlhf_core.data.open_source import open_source
 from rlhf_core.data.row_checker import RowChecker
 from rlhf_core.data.row_source import Cursor, Row
@@ -89,3 +90,40 @@ def test_what_is_named_like_a_compressed_file_and_is_none() -> None:
     Path("a.jsonl.gz").write_text(ROW)
     with pytest.raises(DataError, match=r"isn't a gzip file, though its name says so; .* fix: name it a\.jsonl$"):
         list(open_source("a.jsonl.gz").rows())
+
+
+def mistakes_of(text: str) -> tuple[list[str], int]:
+    """Return the mistakes in a file of that text, a line each, and how many rows can be used."""
+    Path("over.jsonl").write_text(text)
+    survey = survey_data("over.jsonl", "sft")
+    return [str(error) for error in survey.mistakes.kept], survey.report.kept
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            '{\n "prompt": "e",\n "response": "f"\n}',
+            "over.jsonl:2: holds an object over several lines, expected one per line",
+        ),
+        (
+            '{"prompt": "e",\n"response": "f"}',
+            "over.jsonl:2: holds an object over several lines, expected one per line",
+        ),
+        ('{\n "prompt": "e"\n "response": "f"\n}', "over.jsonl:4:2: not valid JSON"),
+        ('{\n "messages": [\n  {"role": 1},\n  {"role" 2}\n ]\n}', "over.jsonl:5:11: not valid JSON"),
+        ('{"prompt": "e", "resp', "over.jsonl:2:17: not valid JSON; got Unterminated string"),
+        ('{"prompt": "e", "response":', "over.jsonl:2:28: not valid JSON"),
+    ],
+)
+def test_an_object_over_lines_is_one_mistake(wrong: str, said: str) -> None:
+    (error,), kept = mistakes_of(f"{ROW}{wrong}\n{ROW}")
+    assert error.startswith(said) and kept == 2
+    assert ("the object over several lines that begins in line 2" in error) == (":4:" in said or ":5:" in said)
+
+
+def test_an_object_over_lines_at_either_end_of_a_file() -> None:
+    (error,), kept = mistakes_of(f'{ROW}{{\n "prompt": "e",\n "resp')
+    assert error.startswith("over.jsonl:2: an object that begins in this line isn't complete") and kept == 1
+    (error,), kept = mistakes_of(f'{{\n "prompt": "e"\n "response": "f"\n}}\n{ROW}')
+    assert error.startswith("over.jsonl:3:2: not valid JSON") and kept == 1

@@ -139,6 +139,21 @@ def test_a_wrong_reward_is_one_line_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_key_hides_no_other_mistake(file: Any, capsys: Any) -> None:
+    text = (
+        "rewards:\n- name: window\n  weigth: 2\n- {name: windw, weight: x}\n- {name: window, options: {treshold: 1}}\n"
+    )
+    assert main(["validate", str(file(text))]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    said = (
+        "unknown option `rewards.0.weigth`",
+        "`rewards.1.weight`: must be",
+        "unknown reward `windw`",
+        "options.treshold`",
+    )
+    assert len(lines) == 4 and all(one in line for one, line in zip(said, lines, strict=True)), lines
+
+
 def test_a_flag_in_place_of_a_files_list_is_named_as_the_place(file: Any) -> None:
     path = file("rewards:\n- {name: window,\n   options: {threshold: 1}}\n")
     with pytest.raises(ConfigError, match=r"^--rewards: `rewards\.0\.options\.threshold`: must be a number"):
