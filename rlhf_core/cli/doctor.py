@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_core.cli.printing import print_json, print_table, print_text
+from rlhf_core.cli.printing import print_json, print_table, print_text, text_width
 from rlhf_core.infra.errors import PluginError, describe_error
 
 if TYPE_CHECKING:
+    from rlhf_core import registry
     from rlhf_core.registry.distributions import InstalledDistribution
 
 
@@ -34,8 +36,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
     else:
         _print_environment(about)
         print()
-        header = ("kind", "name", "distribution", "target", "status", "reason")
-        print_table(header, [(p.kind, p.name, p.distribution, p.target, p.status, p.reason) for p in plugins])
+        _print_plugins(plugins)
         print("\nproblems:" if problems else "\nno problems")
         for problem in problems:
             print_text(f"- {problem}")
@@ -85,6 +86,17 @@ def stale_entry_points(distribution: InstalledDistribution) -> list[str]:
                 f" fix: pip install -e {source}"
             )
     return problems
+
+
+def _print_plugins(plugins: Sequence[registry.Plugin]) -> None:
+    """Print a line per plugin, without the targets, whose names can't be broken, where a terminal is too narrow for them."""
+    columns = ["kind", "name", "distribution", "target", "status", "reason"]
+    rows = [[str(getattr(plugin, column)) for column in columns] for plugin in plugins]
+    names = [max(map(len, column)) for column in zip(columns, *rows, strict=True)][:-1]
+    if sum(names) + 2 * len(names) + 20 > text_width():
+        columns.remove("target")
+        rows = [row[:3] + row[4:] for row in rows]
+    print_table(columns, rows)
 
 
 def _print_environment(about: dict[str, Any]) -> None:

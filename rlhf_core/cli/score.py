@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
-from rlhf_core.cli.printing import print_json, print_text
+from rlhf_core.cli.printing import print_json, print_text, print_wrapped
 from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
 from rlhf_core.infra.errors import ConfigError
@@ -146,16 +146,16 @@ def _finish(
     found = summary.as_dict() | ({} if file is None else {"output": str(file.path)})
     if as_json:
         return print_json(found)
-    print_text(f"{rewards.names[0]}: {found['completions']:,} completions in {found['rows']:,} rows")
+    print_wrapped(f"{rewards.names[0]}: {found['completions']:,} completions in {found['rows']:,} rows")
     if found["completions"]:
-        print_text(
+        print_wrapped(
             f"mean {found['mean']:.6g}, standard deviation {found['std']:.6g}, {found['min']:.6g} to {found['max']:.6g}"
         )
         shown = ", ".join(f"{100 * float(q):g}% {value:.6g}" for q, value in found["quantiles"].items())
-        print_text(f"quantiles: {shown}")
+        print_wrapped(f"quantiles: {shown}")
     if "pairs" in found:
         ties = f", the {found['ties']:,} of equal scores as half right" if found["ties"] else ""
-        print_text(f"chosen scores higher than rejected: {found['accuracy']:.1%} of {found['pairs']:,} pairs{ties}")
+        print_wrapped(f"chosen scores higher than rejected: {found['accuracy']:.1%} of {found['pairs']:,} pairs{ties}")
     print_text(f"seconds: {found['seconds']:.1f}")
     if file is not None:
         print_text(f"rows: {file.path}")

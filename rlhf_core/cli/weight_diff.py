@@ -41,7 +41,7 @@ def _print(found: Difference) -> None:
     rows = [*table.items(), ("all", {**by_part, "all": found.total})]
     print_text(f"‖b - a‖ / ‖a‖ by layer and part; a: {found.names[0]}, b: {found.names[1]}")
     print_table(
-        ("layer", *parts, "all", "cosine", "max |b - a|"),
+        ("layer", *parts, "all", "cosine", "max |b-a|"),
         [
             (name, *(f"{cells[part].relative:.3g}" if part in cells else "" for part in parts), *_figures(cells["all"]))
             for name, cells in rows
@@ -51,7 +51,7 @@ def _print(found: Difference) -> None:
     if farthest and farthest[0][1].squared_difference > 0:
         print("\nfarthest apart:")
         rows_of_tensors = [(name, *_figures(one)) for name, one in farthest]
-        print_table(("tensor", "‖b - a‖ / ‖a‖", "cosine", "max |b - a|"), rows_of_tensors)
+        print_table(("tensor", "‖b - a‖ / ‖a‖", "cosine", "max |b-a|"), rows_of_tensors)
     else:
         print("\nall values are equal")
     for name, only in zip(found.names, found.only, strict=True):

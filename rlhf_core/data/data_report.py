@@ -202,10 +202,10 @@ class DataReport:
             self._log(logging.WARNING, line)
 
     def _log(self, level: int, line: str) -> None:
-        """Log a line, once, however often the rows are read."""
+        """Log a line, once, however often the rows are read. Every process reads all rows, so the first one shows it for all."""
         if line not in self._logged and not self.quiet:
             self._logged.add(line)
-            logger.log(level, "%s", line)
+            logger.log(level, "%s", line, extra={"same_everywhere": True})
 
     def warn_of_first_rows(self) -> None:
         """Warn, after the first 256 kept rows of a stream, of a label or a column of `dataset.columns` that none of them has.

@@ -102,7 +102,7 @@ def summarise(path: Path, name: str, metric: str | None = None) -> RunSummary:
     return RunSummary(
         path, name, status,
         method=str(origin.get("name") or options.get("method") or origin.get("target") or ""),
-        model=Path(str(options.get("model") or record.get("model") or "")).name,
+        model=_model_name(str(options.get("model") or record.get("model") or "")),
         step=step if isinstance(step, int) else 0,
         total_steps=_total(options, events),
         metric=chosen, last=last, best=best, best_step=best_step,
@@ -157,6 +157,12 @@ def _chosen(
         return str(record["best_metric"])
     names = {name for metrics in evaluations.values() for name in metrics} | set(row)
     return next((name for name in _WATCHED if name in names), None)
+
+
+def _model_name(model: str) -> str:
+    """Return the last part of a model's path or name; of `sft/model`, as each run calls its own, the run's name as well."""
+    path = Path(model)
+    return f"{path.parent.name}/{path.name}" if path.name == "model" and path.parent.name else path.name
 
 
 def _values(

@@ -79,7 +79,10 @@ def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, r
 
 
 def stderr_handler(*, rank: int = 0) -> logging.Handler:
-    """Return a handler that shows records on stderr, of all processes but the first warnings and errors only."""
+    """Return a handler that shows records on stderr: of all processes but the first, warnings and errors only.
+
+    A record with the attribute `same_everywhere` is one that every process logs; the first process alone shows it.
+    """
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.logging import RichHandler
@@ -97,9 +100,14 @@ def stderr_handler(*, rank: int = 0) -> logging.Handler:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(PrintableFormatter("%(asctime)s %(shown_level)s%(message)s", _TIME))
     if rank:
-        handler.addFilter(lambda record: record.levelno >= logging.WARNING)
+        handler.addFilter(_is_of_this_process)
     handler.set_name(LOGGER)
     return handler
+
+
+def _is_of_this_process(record: logging.LogRecord) -> bool:
+    """Return whether a process that isn't the first shows a record: a warning of something that the others don't log, too."""
+    return record.levelno >= logging.WARNING and not getattr(record, "same_everywhere", False)
 
 
 class ShownOnce(logging.Handler):

@@ -72,6 +72,8 @@ class TrainingLogger:
         self.config = config or LoggingConfig()
         self.directory = Path(directory) if directory is not None and enabled else None
         self.enabled, self.total_steps = enabled, total_steps
+        self._shown: int | None = None
+        """The step whose row was shown last."""
         self._trackers = Trackers(
             self.config.trackers if enabled else (),
             project=self.config.project,
@@ -93,13 +95,20 @@ class TrainingLogger:
             return
         clean = {name: as_json_value(value) for name, value in row.items()}
         self._append("metrics.jsonl", clean)
+        self.show(row)
+        self._trackers.log(clean, int(row["step"]))
+        self.samples.show_scored(int(row["step"]))
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Show a step's row, once: an evaluation, which takes a while, is shown below the step that it follows."""
+        if not self.enabled or row["step"] == self._shown:
+            return
+        self._shown = row["step"]
         speed = float(row.get("tokens_per_second", 0.0))
         figure = f"reward {row['reward']:.4g}" if "reward" in row else f"loss {fixed(row['loss'])}"
         self._progress.update(int(row["step"]), figure, speed, self.phases.shares())
         if row["step"] % self.config.every == 0 or row["step"] == self.total_steps:
             log.info("%s", _line(row, self.total_steps, self.phases.shares()))
-        self._trackers.log(clean, int(row["step"]))
-        self.samples.show_scored(int(row["step"]))
 
     def event(self, name: str, **fields: Any) -> None:
         """Append an event to `events.jsonl`, with the time in UTC."""

@@ -148,6 +148,7 @@ class TrainingLoop:
         timing |= phase_metrics(self._distribution.gather(run.context.phases.take()))
         if not run.inside_rollout and self._evaluations.is_due(step):
             progress.metrics = row | timing
+            run.logger.show(progress.metrics)
             row |= self._evaluations.evaluate_or_save()
         row |= timing
         progress.metrics = row

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+
+import pytest
 
 from rlhf_core import registry
 from rlhf_core.cli import main
@@ -25,6 +28,17 @@ def test_a_healthy_installation_has_no_problems(capsys) -> None:
     assert err == ""
     for text in ("torch build", "device", "threads", "rlhf_plugins.trainers.dpo:DPOTrainer", "no problems"):
         assert text in out
+
+
+def test_no_name_is_broken_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    for columns, target in ((80, False), (200, True)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["doctor"]) == 0
+        out = capsys.readouterr().out
+        assert "context_compressor" in out and ("rlhf_plugins.trainers.dpo:DPOTrainer" in out) == target
+        assert [line for line in out.splitlines() if line.startswith(" ")] == []  # no row goes on in another line
 
 
 def test_an_editable_installation_whose_entry_points_are_stale(install, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from rlhf_core.config.training import LoraConfig
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.evaluation.report import chart_files
 from rlhf_core.evaluation.report.chart_data import Line, LineChart
+from rlhf_core.evaluation.report.svg_charts import draw_lines
 from rlhf_core.evaluation.run_list import age, list_runs
 from rlhf_core.infra.files import lock_directory
 from rlhf_core.training.run_directory import RunDirectory
@@ -143,6 +144,15 @@ def test_a_run_that_failed_at_its_start_says_what_it_was(tmp_path: Path) -> None
     assert (found.status, found.method, found.model) == ("failed", "dpo", "small")
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("runs/sft/model", "sft/model"), ("model", "model"), ("owner/small", "small"), ("a/b.gguf", "b.gguf")],
+)
+def test_a_model_of_a_run_is_named_with_the_run(tmp_path: Path, model: str, name: str) -> None:
+    write_run(tmp_path / "run", options={"model": model})
+    assert [found.model for found in list_runs(tmp_path)] == [name]
+
+
 # rlhf plot
 
 
@@ -212,6 +222,10 @@ def test_pictures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         assert capsys.readouterr().out == f"{folder / name}\n" and (folder / name).read_bytes().startswith(starts)
     text = ElementTree.tostring(ElementTree.parse(folder / "ab.svg").getroot(), encoding="unicode")
     assert "#0072b2" in text and "#d55e00" in text and "#0a0b" not in text
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    draw_lines(axes, LineChart("loss", [Line("loss", range(1, 5), [1.0, 2.0, 3.0, 4.0])]), ["black"])
+    assert all(tick == int(tick) for tick in axes.get_xticks())  # there is no step 2.5
     monkeypatch.setattr(chart_files, "can_draw", lambda: False)
     assert main(["plot", str(folder / "done"), "--output", "x.png"]) == 2
     assert "pictures need matplotlib; got not installed; fix: pip install 'rlhf-core[plot]'" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_core.cli import main
 from rlhf_core.data.row_output import RowOutput
 from rlhf_core.evaluation.score_file import SCORES
 from rlhf_core.models import ProcessRewardModel, RewardModel, ValueModel
@@ -77,6 +78,16 @@ def test_an_async_function_scores_and_a_summary_is_printed(rlhf) -> None:
     code, out, _ = rlhf("score", f"{HERE}/score_rewards.py:brevity", "--data", write(ROWS))
     assert code == 0 and "brevity: 8 completions in 6 rows" in out and "mean -0.875" in out
     assert not Path("out.jsonl").exists()
+
+
+def test_the_summary_is_broken_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["score", "repetition", "--data", write(ROWS[4:5])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60 and "the 1 of equal scores as half right" in " ".join(lines)
 
 
 def test_columns_may_have_other_names(rlhf) -> None:

@@ -195,6 +195,7 @@ def test_plugins_log_as_the_core_does(
     setup_logging(rank=1)
     acme.info("not said")
     shipped.warning("a doubt")
+    shipped.warning("a doubt of every process", extra={"same_everywhere": True})
     assert capsys.readouterr().err.split(" ", 1)[1] == "WARNING a doubt\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -295,6 +296,14 @@ def test_evaluation_changes_no_random_state_and_no_state(tmp_path: Path) -> None
     toy(tmp_path / "b", max_steps=6, eval_rows=ROWS[:8], eval_steps=1).train()
     for a, b in zip(rows_of(tmp_path / "a"), rows_of(tmp_path / "b"), strict=True):
         assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
+
+
+def test_an_evaluation_is_shown_below_the_step_that_it_follows(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="rlhf_core"):
+        toy(None, max_steps=2, eval_rows=ROWS[:8], eval_steps=1).train()
+    shown = [record.getMessage() for record in caplog.records]
+    begins = [found[0] for line in shown if (found := re.match(r"(evaluation of )?step \d", line))]
+    assert begins == ["evaluation of step 0", "step 1", "evaluation of step 1", "step 2", "evaluation of step 2"]
 
 
 def test_evaluation_averages_over_the_whole_set() -> None:

@@ -192,7 +192,7 @@ def draw_lines(axes: Axes, chart: LineChart, colours: Sequence[str] = ()) -> Non
     Args:
         colours: of the lines; without them the markers that a page replaces.
     """
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     for line in chart.lines:
         _draw_line(axes, line, colours or _LINES)
@@ -204,6 +204,9 @@ def draw_lines(axes: Axes, chart: LineChart, colours: Sequence[str] = ()) -> Non
     else:
         # An offset beside the axis is easily overlooked.
         axes.ticklabel_format(axis="y", useOffset=False)
+    if all(float(x).is_integer() for line in chart.lines for x in line.x):
+        # As the default locator does, but with no step 2.5.
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.margins(x=0.02)
