@@ -121,3 +121,61 @@ def test_what_training_stages_may_write() -> None:
         {"kind": "merge", "method": "linear", "models": ["first", "grpo"]},
     ]
     assert faults("recipe", {"model": "m", "stages": stages}) == []
+
+
+SAMPLE = {"kind": "sample", "prompts": "p"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "at"),
+    [
+        ({"kind": "evaluate", "prompts": "p", "validater": "numeric_answer"}, "'validater' was unexpected"),
+        ({"kind": "evaluate", "prompts": "p", "n": 0}, "$.stages[0].n"),
+        ({"kind": "evaluate", "prompts": "p", "method": "sft"}, "'method' was unexpected"),
+        ({"kind": "evaluate", "tasks": ["gsm8k"], "prompts": "p"}, "'prompts' was unexpected"),
+        ({"kind": "evaluate", "tasks": ["gsm8k"], "limit": "few"}, "$.stages[0].limit"),
+        ({"kind": "improve", "prompts": "p", "round": 2}, "'round' was unexpected"),
+        ({"kind": "improve", "prompts": "p", "rounds": "two"}, "$.stages[0].rounds"),
+        ({"kind": "improve", "prompts": "p", "flaws": {"detektors": ["x"]}}, "$.stages[0].flaws"),
+        ({**SAMPLE, "method": "generate", "candidates": 2}, "'candidates' was unexpected"),
+        ({**SAMPLE, "method": "best_of_n", "candidates": "two"}, "$.stages[0].candidates"),
+        ({**SAMPLE, "samplers": [{"method": "generate", "candidates": 2}]}, "$.stages[0].samplers[0]"),
+        ({**SAMPLE, "samplers": [{"method": "generate"}], "repeats": 0}, "$.stages[0].repeats"),
+        ({**SAMPLE, "samplers": [{"method": "generate"}], "candidate": 2}, "'candidate' was unexpected"),
+        ({"kind": "merge", "method": "linear", "models": ["a"], "output": "o"}, "'output' was unexpected"),
+        ({"kind": "merge", "method": "rlhf-core:ties", "models": ["a"], "densty": 0.3}, "'densty' was unexpected"),
+    ],
+)
+def test_another_stage_has_the_options_of_its_kind(stage: dict[str, Any], at: str) -> None:
+    (found,) = faults("recipe", {"model": "m", "stages": [stage]})
+    assert at in found
+
+
+def test_what_other_stages_may_write() -> None:
+    stages: list[dict[str, Any]] = [
+        {
+            "kind": "evaluate",
+            "prompts": ["p"],
+            "validator": ["numeric_answer", {"name": "regex", "options": {"pattern": "x"}}],
+        },
+        {
+            "kind": "evaluate",
+            "prompts": "p",
+            "reward": "judge",
+            "reference": "first",
+            "compare": "evaluate",
+            "compress": None,
+        },
+        {"kind": "evaluate", "tasks": "gsm8k,arc", "model": "first", "limit": 3},
+        {"kind": "improve", "prompts": "p", "sampler": "generate", "train": {"method": "sft"}, "flaws": {}},
+        {**SAMPLE, "method": "best_of_n", "reward": "judge", "candidates": 4, "compress": "${stages.c.model}"},
+        {**SAMPLE, "method": "best_of_n", "reward": ["judge", {"name": "length"}], "n": 2},
+        {**SAMPLE, "method": "ensemble", "members": ["a", {"path": "b"}]},
+        {
+            **SAMPLE,
+            "samplers": [{"name": "a", "method": "generate"}, {"method": "best_of_n", "reward": "r"}],
+            "max_new_tokens": 9,
+        },
+        {"kind": "merge", "method": "ties", "models": ["a", {"model": "b", "density": 0.3}], "evaluate": "f.py:g"},
+    ]
+    assert faults("recipe", {"model": "m", "stages": stages}) == []
