@@ -44,6 +44,8 @@ def run_command(session: ChatSession, line: str) -> Result:
     """
     name, _, rest = line[1:].partition(" ")
     command = COMMANDS.get(name)
+    if command is None and (option := name.replace("-", "_")) in {*SamplingConfig.model_fields, "seed"}:
+        return _set(session, f"{option} {rest.strip()}")
     if command is None:
         hint = did_you_mean(name, COMMANDS).replace("`", "`/", 1) if name else "`/help` lists them"
         raise ConfigError(f"unknown command `/{name}`", fix=hint)
@@ -163,7 +165,9 @@ def _exit(session: ChatSession, rest: str) -> Result:
 
 COMMANDS = {
     "help": _Command("help", "show this list", _help),
-    "set": _Command("set NAME VALUE", "set an option of sampling, or the seed; alone: show them", _set),
+    "set": _Command(
+        "set NAME VALUE", "set an option of sampling, or the seed; alone: show them; `/NAME VALUE` for short", _set
+    ),
     "system": _Command("system TEXT", "set the system message; `none` removes it", _system),
     "show": _Command("show", "show the model, the room that is left, and the options", _show),
     "undo": _Command("undo", "take the last message and its answer back", _undo),

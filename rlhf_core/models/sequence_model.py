@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
 import warnings
@@ -25,7 +24,6 @@ from rlhf_core.models.compile import compile_model
 from rlhf_core.models.cpu_products import speed_up_linears
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.embedding_noise import noisy_hidden_states
-from rlhf_core.models.fast_linears import product_dtype
 from rlhf_core.models.fused_norms import fuse_norms
 from rlhf_core.models.gradient_sums import sum_embeddings_in_place
 from rlhf_core.models.hidden_states import HiddenStates
@@ -49,15 +47,6 @@ from rlhf_core.models.shared_forward import LayoutName, SharedForward
 log = logging.getLogger(__name__)
 
 MeasuredT = TypeVar("MeasuredT")
-
-
-@functools.cache
-def _warn_of_slow_products() -> None:
-    """Warn, once per process, that 16-bit products are slow here; completions are drawn with float32 ones in their place."""
-    log.warning(
-        "this processor has no instructions for products in bf16: training and scoring take several times as long as "
-        "in float32; fix: precision float32"
-    )
 
 
 class SequenceModel(nn.Module):
@@ -185,8 +174,6 @@ class SequenceModel(nn.Module):
         self.check()
         if compile:
             compile_model(self.network)
-        if next(self.network.parameters()).device.type == "cpu" and product_dtype(self.precision) != self.precision:
-            _warn_of_slow_products()
         return self
 
     def check(self) -> None:

@@ -24,6 +24,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.models import PolicyModel
+from rlhf_core.models.fast_linears import product_dtype
 from rlhf_core.models.frozen_layers import freeze_by_name, undo_freezing
 from rlhf_core.models.headed_model import HeadedModel
 from rlhf_core.models.precision import DTYPES, frozen_dtype_of
@@ -101,6 +102,13 @@ class Loader:
             # Behind the conversion: what isn't trained is exported too, and keeps every bit.
             freeze_by_name(model, config.freeze)
             _check_rows_are_trained(model, config)
+        dtype = DTYPES[config.precision]
+        if dtype != torch.float32 and device.type == "cpu" and product_dtype(dtype) != dtype:
+            log.warning(
+                "this processor has no instructions for products in %s: training takes several times as long as in float32; "
+                "fix: `precision: float32`",
+                config.precision,
+            )
         return model
 
     def load(

@@ -92,6 +92,13 @@ def test_every_line_of_a_pipe_is_a_message(
     monkeypatch.setattr(sys, "stdin", io.StringIO("/sett\n"))
     code, _, err = rlhf("chat", model)
     assert code == 2 and "unknown command `/sett`" in err and "`/set`" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/temperature 0\n/max-new-tokens 5\n/seed 3\n/top_p 2\n"))
+    code, out, err = rlhf("chat", model)
+    assert code == 2 and "temperature: 0" in out and "max_new_tokens: 5" in out and "seed: 3" in out
+    assert "`top_p`: must be less than or equal to 1" in err
+    for typed, told in (("/set temperature abc", "must be a number"), ("/min_p", "write `/set min_p VALUE`")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed + "\n"))
+        assert told in rlhf("chat", model)[2]
 
 
 def test_a_chat_is_kept_and_continued(talk: Talk, model: str, state: Path) -> None:

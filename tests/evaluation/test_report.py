@@ -110,7 +110,7 @@ def test_an_sft_run_has_no_sections_of_rollouts(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick_charts")
 def test_two_runs_beside_each_other(tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a/grpo"), write_run(tmp_path / "b/grpo", seed=1, rate=0.5, steps=8)
-    made = write_report(first, second, output=tmp_path / "both.html")
+    made = write_report(first, second, output=tmp_path / "reports/new/both.html")  # whose folder is made
     found = Page(made.read_text(encoding="utf-8"))
     found.check_self_contained()
     words = " ".join(found.text.split())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel, sequence_model
+from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
 from rlhf_core.models.precision import DTYPES
 from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
@@ -319,20 +319,3 @@ def test_a_model_beside_the_policy_keeps_its_own_precision(own: str, around: str
         assert torch.equal(teacher.token_logps(batch, states=states), again)
         assert torch.equal(teacher.logits(states.predicting()), logits)
         assert torch.is_autocast_enabled("cpu") == (around != "float32")
-
-
-def test_a_processor_without_fast_products_in_bf16_is_told_once(
-    bf16: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def warnings_of(precision: str) -> list[str]:
-        caplog.clear()
-        PolicyModel.from_pretrained(bf16, precision=precision)
-        return [one for one in caplog.messages if "no instructions" in one]
-
-    sequence_model._warn_of_slow_products.cache_clear()
-    monkeypatch.setattr(sequence_model, "product_dtype", lambda dtype: dtype)
-    assert warnings_of("bf16") == []
-    monkeypatch.setattr(sequence_model, "product_dtype", lambda dtype: torch.float32)
-    assert warnings_of("float32") == []
-    assert len(warnings_of("bf16")) == 1
-    assert warnings_of("bf16") == []

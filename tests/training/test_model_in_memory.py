@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.publishing.export_model import export_model
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+from rlhf_core.training import loader
 
 PAIRS = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "no"} for n in range(4)]
 ROWS = [{"prompt": f"{n}+1=", "response": str(n + 1)} for n in range(4)]
@@ -146,3 +147,14 @@ def test_arguments_of_other_trainers_are_answered_before_what_is_missing() -> No
     for given, name in (({"model": "m"}, "data"), ({"data": []}, "model")):
         with pytest.raises(ConfigError, match=f"`{name}` is missing; fix: pass `{name}=…`"):
             SFTTrainer(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("precision", "products", "warned"), [("bf16", "float32", 1), ("bf16", "bfloat16", 0), ("float32", "float32", 0)]
+)
+def test_training_warns_of_a_processor_without_products_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, precision: str, products: str, warned: int
+) -> None:
+    monkeypatch.setattr(loader, "product_dtype", lambda dtype: getattr(torch, products))
+    sft(tiny_model(), max_steps=1, precision=precision, logging={"progress": False}).train()
+    assert sum("no instructions" in one for one in caplog.messages) == warned

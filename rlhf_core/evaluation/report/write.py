@@ -26,7 +26,8 @@ def write_report(directory: str | Path, other: str | Path | None = None, *, outp
     Args:
         directory: of a trainer's run or of a pipeline; one in progress will do.
         other: another of the same kind, to be shown beside it.
-        output: the file; without it `report.html` in the directory, and for two of them in the current directory.
+        output: the file, whose folder is made; without it `report.html` in the directory, and for two of them in the current
+            directory.
 
     Raises:
         ConfigError: a directory is neither a run's nor a pipeline's, or one is of each kind.
@@ -42,6 +43,7 @@ def write_report(directory: str | Path, other: str | Path | None = None, *, outp
         )
     page = report_page(directory, second)
     with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, page.encode("utf-8", "replace"))
     return path
 
