@@ -179,11 +179,12 @@ def _answer_in(reference: str) -> str:
     return answer.text if answer is not None and answer.marked else reference.strip()
 
 
-def column_of(sample: Sample, column: str, number: int) -> Any:
+def column_of(sample: Sample, column: str, number: int, *, option: str = "column") -> Any:
     """Return the value of a sample's column, or of a path into it such as `reward_model.ground_truth`.
 
     Args:
         number: the sample's index among those that are scored, for messages.
+        option: the reward's option that names the column, for messages.
 
     Raises:
         SampleError: the row has no such column.
@@ -195,7 +196,7 @@ def column_of(sample: Sample, column: str, number: int) -> Any:
         if not isinstance(value, Mapping) or part not in value:
             known = [str(key) for key in (value if isinstance(value, Mapping) else sample.columns)]
             hint = did_you_mean(part, known) if known else "keep it in the data"
-            fix = f"set the option that names it; {hint}" if known else hint
+            fix = f"set the reward's option `{option}` to the one that is meant; {hint}" if known else hint
             raise SampleError(f"the row has no column `{column}`", sample=number, fix=fix)
         value = value[part]
     return value

@@ -309,7 +309,10 @@ def test_a_stop_string_may_close_the_answer() -> None:
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"anwser": "5"}, "row 7: the row has no column `answer`; fix: .*did you mean `anwser`"),
+        (
+            {"anwser": "5"},
+            "row 7: the row has no column `answer`; fix: set the reward's option `column` .*did you mean `anwser`",
+        ),
         ({}, "row 7: the row has no column `answer`"),
         (
             {"answer": None},

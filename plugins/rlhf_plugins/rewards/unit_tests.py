@@ -113,7 +113,11 @@ class UnitTestsReward(RewardFn):
     def _score(self, number: int, sample: Sample) -> float:
         config = self.config
         given = column_of(sample, config.column, number)
-        setup = "" if config.setup_column is None else text_of(column_of(sample, config.setup_column, number))
+        setup = (
+            ""
+            if config.setup_column is None
+            else text_of(column_of(sample, config.setup_column, number, option="setup_column"))
+        )
         try:
             tests = read_tests(given, sample.columns.get("entry_point"))
         except ValueError as error:
