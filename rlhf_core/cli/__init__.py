@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rlhf_core.infra.errors import RLHFError, printable
+from rlhf_core.infra.python_wording import said_for_flags
 
 INTERRUPTED = 130
 METHOD_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _said_in_flags(tokens: Sequence[str]) -> Iterator[None]:
     """Within this context, errors name options by their flags, unless the command line names a configuration file."""
     try:
-        yield
+        with said_for_flags():
+            yield
     except RLHFError as error:
         from rlhf_core.cli.flag_wording import names_a_file, say_in_flags
 

@@ -29,6 +29,7 @@ from rlhf_core.generation.sampled_rows import input_columns, refuse_taken
 from rlhf_core.generation.sampler_models import load_policy, reward_by_path
 from rlhf_core.generation.sampling_job import compression_record, prompts_record
 from rlhf_core.infra.errors import ConfigError, StorageError
+from rlhf_core.infra.python_wording import said_for_python
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.infra.version import __version__
@@ -166,6 +167,7 @@ class RLHFEvaluator:
 
     # The run
 
+    @said_for_python()
     def open_output(self, directory: str | Path, *, resume: bool = False, overwrite: bool = False) -> RowOutput:
         """Lock the file of completions in a directory and make it ready; `evaluate` appends to it, and a resume continues it.
 
@@ -178,6 +180,7 @@ class RLHFEvaluator:
         columns = [input_columns(row) for row in self.prompts]
         return open_sample_file(path, self._record(), columns, resume=resume, overwrite=overwrite, kind=EVALUATED)
 
+    @said_for_python()
     def evaluate(
         self,
         output: str | Path | RowOutput | None = None,

@@ -21,6 +21,7 @@ from rlhf_core.infra.files import (
     temporary_path,
 )
 from rlhf_core.infra.model_files import COMPRESSOR_HEAD, PROCESS_REWARD_HEAD, REWARD_HEAD, VALUE_HEAD, head_pair, locate
+from rlhf_core.infra.python_wording import said_for_python
 from rlhf_core.pipeline.pipeline_plan import PipelinePlan
 from rlhf_core.pipeline.pipeline_record import PipelineRecord, refuse_inputs_inside
 from rlhf_core.pipeline.pipeline_run import PipelineResult, PipelineRun, StageResult
@@ -98,6 +99,7 @@ class RLHFOrchestrator:
             raise RecipeError(errors, str(self._source) if not isinstance(self._source, Mapping) else "recipe")
         return plan
 
+    @said_for_python()
     def run_full_pipeline(self, *, resume: bool = False, overwrite: bool = False) -> PipelineResult:
         """Check the recipe, run all its stages in order, and return how they ended.
 
@@ -124,6 +126,7 @@ class RLHFOrchestrator:
 
     # Stage by stage
 
+    @said_for_python()
     def run_stage(self, entry: Mapping[str, Any]) -> StageResult:
         """Run one more stage, given as a recipe has it: `{"method": "dpo", "data": "pairs.jsonl", "beta": 0.2}`.
 
@@ -300,6 +303,7 @@ class RLHFOrchestrator:
             fsync_directory(target.parent)
         return {name: target / name for name in sources}
 
+    @said_for_python()
     def load_models(self, directory: str | Path | None = None) -> dict[str, PolicyModel | HeadedModel]:
         """Return the loaded models by name: those that `save_models` wrote, or without a directory this pipeline's own.
 

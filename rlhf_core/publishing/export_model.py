@@ -23,6 +23,7 @@ from rlhf_core.infra.files import (
 from rlhf_core.infra.hub_upload import HubTarget, check_target, name_base, push_folder
 from rlhf_core.infra.model_card import CARD, is_own, write_card
 from rlhf_core.infra.model_files import INDEX, check_files, is_adapter, is_hub_name
+from rlhf_core.infra.python_wording import said_for_python
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.merge import ModelMerger
 from rlhf_core.merging.side_files import RECIPE
@@ -53,6 +54,7 @@ class ExportResult:
     """The GGUF file in `output`, where one was asked for."""
 
 
+@said_for_python()
 def export_model(
     source: str | Path,
     output: str | Path | None = None,
@@ -117,6 +119,7 @@ def export_model(
     return ExportResult(target, is_adapter(str(target)), size, time.perf_counter() - began, made)
 
 
+@said_for_python()
 def push_to_hub(
     source: str | Path,
     repo: str,

@@ -145,7 +145,7 @@ def test_a_stopped_evaluation_is_continued_to_the_same_result(
     with pytest.raises(KeyboardInterrupt):
         evaluator(batch_size=2).evaluate(tmp_path, progress=stop)
     assert len(rows_of(tmp_path)) == 4 and not (tmp_path / "evaluation.json").exists()
-    with pytest.raises(StorageError, match=r"exists.*--resume"):
+    with pytest.raises(StorageError, match=r"exists.*`resume=True` continues it"):
         evaluator(batch_size=2).evaluate(tmp_path)
     with pytest.raises(ConfigError, match=r"changed since.*max_new_tokens: 8 → 7"):
         evaluator(batch_size=2, max_new_tokens=7).evaluate(tmp_path, resume=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_core.infra.errors import StorageError
-from rlhf_core.infra.python_wording import in_python, said_for_python
+from rlhf_core.infra.python_wording import in_python, said_for_flags, said_for_python
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,8 @@ from rlhf_core.infra.python_wording import in_python, said_for_python
         ("--resume and --overwrite", "resume=True and overwrite=True"),
         ("`--allow-change learning_rate,ewc` takes", '`allow_change=["learning_rate", "ewc"]` takes'),
         ("--allow-change", "allow_change"),
+        ("choose `--dtype bf16`", 'choose `dtype="bf16"`'),
+        ("give `--output DIR` or `--max_steps 7`", "give `output=DIR` or `max_steps=7`"),
         ("give `--max_steps` 7 or more", "give `max_steps` 7 or more"),
         ("continue it by `rlhf train … --resume`", "continue it by `rlhf train … --resume`"),
         ("/tmp/a--resume/b holds --", "/tmp/a--resume/b holds --"),
@@ -37,3 +39,16 @@ def test_the_notes_of_ctrl_c_are_said_so() -> None:
     with pytest.raises(KeyboardInterrupt) as caught, said_for_python():
         raise interrupt
     assert caught.value.__notes__ == ["after step 2: `resume=True` continues"]
+
+
+def test_the_command_line_keeps_its_flags() -> None:
+    with pytest.raises(StorageError, match=r"^needs --resume$"), said_for_flags(), said_for_python():
+        raise StorageError("needs --resume")
+
+
+def test_further_mistakes_are_said_so() -> None:
+    error = StorageError("needs --resume")
+    error.also = (StorageError("give `--max_steps`"),)
+    with pytest.raises(StorageError), said_for_python():
+        raise error
+    assert [str(one) for one in error.also] == ["give `max_steps`"]
