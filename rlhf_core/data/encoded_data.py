@@ -142,7 +142,7 @@ class EncodedData(ABC):
     def _warn_of_plain_text(self) -> None:
         """Warn where rows are plain text, there is a chat template, and `dataset.wrap` doesn't say whether to use it."""
         if self.encoder.plain:
-            logger.warning("%s: %s", self.source.name, PLAIN)
+            logger.warning("%s: %s", self.source.name, PLAIN, extra={"same_everywhere": True})
         if self.encoder.wrapped and self.options.wrap is None:
             logger.info(
                 "%s: text prompts become user turns, as in the model's training (`dataset.wrap`)", self.source.name
