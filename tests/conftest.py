@@ -15,10 +15,15 @@ _CACHE = tempfile.TemporaryDirectory(prefix="rlhf-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from rlhf_core import registry  # noqa: E402
 from rlhf_core.infra.library_logs import LIBRARIES  # noqa: E402
 from rlhf_core.infra.log import LOGGER, SHIPPED  # noqa: E402
+
+# No test fails because the machine is slow.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 Install = Callable[..., Path]
 

@@ -186,10 +186,14 @@ def _is_recipe(target: str) -> bool:
 
 def _job(target: str, flags: list[str]) -> TrainingJob:
     """Return the run that a method or file and flags configure."""
-    from rlhf_core.training.job import load_job
+    from rlhf_core.registry.method_or_file import find_plugin, read_method_or_file
 
     _refuse_flag(target)
     refuse_file_of_another(target, "train")
+    values, places, _ = read_method_or_file(target)
+    find_plugin(values, places, "trainer")  # so that a mistyped name or file is answered before torch is imported
+    from rlhf_core.training.job import load_job
+
     return load_job(target, flags=flags)
 
 

@@ -312,10 +312,18 @@ def _near_file(path: Path) -> str | None:
         return f"there is no directory {parent} either"
     names = sorted(item.name for item in parent.iterdir() if item.name.endswith(SUFFIXES))
     folders = [item.name for item in parent.iterdir() if item.is_dir()]
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4) or difflib.get_close_matches(path.name, folders)
+    near = difflib.get_close_matches(path.name, names, n=8, cutoff=0.4)
+    # A suffix that is the same makes no name similar.
+    near = [one for one in near if difflib.SequenceMatcher(None, _stem(one), _stem(path.name)).ratio() >= 0.5]
+    near = near or difflib.get_close_matches(path.name, folders)
     if near:
         return f"did you mean {parent / near[0]}?"
     return f"{parent} has {', '.join(names[:8])}" if names else None
+
+
+def _stem(name: str) -> str:
+    """Return a file's name without its suffixes."""
+    return name.partition(".")[0]
 
 
 def _directory(path: Path, split: str, streaming: bool) -> list[RowSource]:

@@ -50,14 +50,24 @@ def read_method_or_file(target: str | Path | GivenValues) -> tuple[dict[str, Any
 
 
 def find_method(values: Mapping[str, Any], places: Mapping[str, str], kind: str) -> tuple[Plugin, Any]:
-    """Return the plugin of a kind that the value `method` names, and its class.
+    """Return the plugin of a kind that the value `method` names, and its class; see `find_plugin`.
+
+    Raises:
+        PluginError: the plugin is broken, ambiguous or disabled.
+    """
+    plugin = find_plugin(values, places, kind)
+    return plugin, load(plugin)
+
+
+def find_plugin(values: Mapping[str, Any], places: Mapping[str, str], kind: str) -> Plugin:
+    """Return the plugin of a kind that the value `method` names. Imports nothing of it.
 
     Args:
         values, places: as `read_method_or_file` returns them.
 
     Raises:
         ConfigError: there is no such plugin, or `method` is missing.
-        PluginError: the plugin is broken, ambiguous or disabled.
+        PluginError: the name is ambiguous, or the plugin is disabled.
     """
     name = values.get("method")
     if not isinstance(name, str):
@@ -75,8 +85,7 @@ def find_method(values: Mapping[str, Any], places: Mapping[str, str], kind: str)
             problem, place=place, got=None if name is None else repr(name), fix=f"set it to one of: {known}"
         )
     try:
-        plugin = lookup(name, kind)
-        return plugin, load(plugin)
+        return lookup(name, kind)
     except ConfigError as error:
         fix = error.fix
         if Path(name).is_dir():

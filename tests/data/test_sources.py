@@ -149,6 +149,8 @@ def test_missing_file_names_the_nearest(tmp_path):
     error = fault(str(tmp_path / "trian.jsonl"))
     assert "no such file" in str(error) and f"did you mean {tmp_path / 'train.jsonl'}?" in str(error)
     assert "there is no directory" in str(fault(tmp_path / "none" / "a.jsonl"))
+    # Names that have only their suffix in common aren't alike.
+    assert str(fault(tmp_path / "nope.jsonl")).endswith(f"{tmp_path} has train.jsonl")
 
 
 def test_unknown_kind_of_file(tmp_path):

@@ -281,7 +281,9 @@ FILES = (
 
 
 @pytest.mark.usefixtures("without_charts")
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.sampled_from(FILES), st.integers(0, 10**6), st.binary(max_size=6), st.booleans())
 def test_no_damage_stops_the_report(
     tmp_path_factory: pytest.TempPathFactory, run: Path, name: str, place: int, bytes_: bytes, cut: bool
@@ -298,7 +300,9 @@ ODD: list[Any] = [None, True, 3, "x", [1], {"a": [None]}, 1e308]
 
 
 @pytest.mark.usefixtures("without_charts")
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.sampled_from(("run.json", "models.json", "data.json", "rewards.json")), st.sampled_from(ODD), st.integers(0, 20)
 )

@@ -142,7 +142,9 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(value=JSON, raw=st.binary(max_size=64), use_raw=st.booleans())
 def test_no_manifest_ends_in_another_fault(tmp_path: Path, value: Any, raw: bytes, use_raw: bool) -> None:
 
