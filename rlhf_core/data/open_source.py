@@ -301,8 +301,11 @@ def _no_such_file(name: str | Path) -> DataError:
 
 def _near_of(name: str | Path) -> str | None:
     """Return a hint for a path that doesn't exist: a file of a similar name, wherever it was looked for."""
-    hints = [_near_file(_path(one)) for one in places_of(name)]
-    return next((hint for hint in hints if hint is not None and hint.startswith("did you mean")), hints[0])
+    paths = [_path(one) for one in places_of(name)]
+    hints = [_near_file(path) for path in paths]
+    near = (hint for hint in hints if hint is not None and hint.startswith("did you mean"))
+    there = (hint for path, hint in zip(paths, hints, strict=True) if path.parent.is_dir())
+    return next(near, None) or next(there, None) or hints[0]
 
 
 def _near_file(path: Path) -> str | None:

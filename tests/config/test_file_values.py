@@ -147,7 +147,7 @@ def test_the_message_says_where_a_path_was_looked_for(beside: Path) -> None:
     run = load_job(file).run
     here = Path.cwd()
     where = rf"in the working directory \({here}\), nor beside the configuration \({beside}\)"
-    with pytest.raises(DataError, match=rf"no such file {where}; fix: did you mean {beside}/rows/a.jsonl"):
+    with pytest.raises(DataError, match=rf"no such file {where}; fix: {beside}/rows has a.jsonl"):
         check_paths(run.data)
     with pytest.raises(ModelError, match=rf"no such model directory or file {where}"):
         locate(run.model)
