@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 from rlhf_core import registry  # noqa: E402
 from rlhf_core.infra.library_logs import LIBRARIES  # noqa: E402
-from rlhf_core.infra.log import LOGGER, SHIPPED  # noqa: E402
+from rlhf_core.infra.log import LOGGER, SHIPPED, console  # noqa: E402
 
 # No test fails because the machine is slow.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -66,6 +66,7 @@ def log_as_before() -> Iterator[None]:
     libraries = _state_of(*LIBRARIES)  # which set up their own when they are imported
     _restore(_AT_FIRST)
     logging.root.setLevel(_ROOT_LEVEL)
+    console.cache_clear()  # it keeps the width that COLUMNS gave it
     yield
     _restore([*_AT_FIRST, *libraries])
     logging.root.setLevel(_ROOT_LEVEL)

@@ -14,7 +14,7 @@ from rlhf_core.training import run as training_run
 from rlhf_core.training.distribution import Distribution
 
 FLAGS = {
-    "--lerning_rate 1": "--lerning_rate: unknown option `lerning_rate` of sft; fix: did you mean `learning_rate`?",
+    "--lerning_rate 1": "--lerning_rate: unknown option `lerning_rate` of sft; fix: did you mean `--learning_rate`?",
     "--learning_rate -1": "--learning_rate: must be greater than 0; got -1",
     "--learning_rate nan": "--learning_rate: must be a finite number; got 'nan'",
     "--max_steps 0": "--max_steps: must be greater than or equal to 1; got 0",

@@ -19,8 +19,8 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "blank": (" \n\n", ": holds no rows; fix: give data with at least one row"),
     "missing key": (
         [{"frage": "a", "response": "b"}],
-        ":1: no column `prompt`, which the record type `sft` needs; got columns frage, response; fix: set"
-        " `dataset.columns` to `{prompt: frage}`",
+        ":1: no column `prompt`, which the record type `sft` needs; got columns frage, response; fix: give"
+        " `--dataset.columns.prompt frage`",
     ),
     "wrong type": ([{"prompt": 3, "response": "b"}], ":1: `prompt` must be text or a list of messages; got int 3"),
     "not UTF-8": (
@@ -39,7 +39,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "empty response": ([{"prompt": "a", "response": ""}], ":1: `response` is an empty response; fix: fill or delete the row"),
     "no response token left in any": (
         [LONG, LONG],
-        ": none of 2 rows can be used; got 2 × the prompt leaves no response token; fix: raise `max_length`",
+        ": none of 2 rows can be used; got 2 × the prompt leaves no response token; fix: raise `--max_length`",
     ),
     "ends on a user turn": (
         [{"messages": [USER]}],
@@ -63,7 +63,7 @@ def test_chosen_equal_to_rejected(train: Callable, tmp_path: Path) -> None:
     assert ended.code == 3
     assert ended.error == (
         f"error[data] {tmp_path / 'rows.jsonl'}: none of 3 rows can be used; got 3 × chosen equals rejected;"
-        " fix: give pairs whose answers differ; a larger `max_length` keeps what tells them apart"
+        " fix: give pairs whose answers differ; a larger `--max_length` keeps what tells them apart"
     )
 
 

@@ -76,7 +76,7 @@ def command(
         (["--prompts", "a", "--min_new_tokens", "9", "--max_new_tokens", "4"], 2, "`min_new_tokens` (9) is above"),
         (["--prompts", "a", "--stop", ""], 2, "an empty text is in every completion"),
         (["--prompts", "a", "--stop_ids", "-1"], 2, "token ids are whole numbers"),
-        (["--prompts", "a", "--tempratur", "1"], 2, "did you mean `temperature`?"),
+        (["--prompts", "a", "--tempratur", "1"], 2, "did you mean `--temperature`?"),
     ],
 )
 def test_wrong_input_to_sample_is_one_line(
@@ -130,7 +130,7 @@ def test_chats_need_a_chat_template(command: Command, base: Path, write: Callabl
         (["MODEL", "--beside", "BASE"], 4, "the model has no chat template"),
         (["MODEL", "--temperature", "-1"], 2, "--temperature: must be greater than or equal to 0; got -1"),
         (["MODEL", "--top-p", "0"], 2, "--top-p: must be greater than 0; got 0"),
-        (["MODEL", "--tempratur", "1"], 2, "unknown option `tempratur`; fix: did you mean `temperature`?"),
+        (["MODEL", "--tempratur", "1"], 2, "unknown option `tempratur`; fix: did you mean `--temperature`?"),
         (["./gone"], 4, "./gone: no such model directory or file"),
         (["rows.jsonl"], 4, "rows.jsonl: is a file, and no model; fix: give a model's directory, or a `.gguf` file"),
         (["MODEL/model.safetensors"], 4, "is a file, and no model; fix: give the model's directory, "),

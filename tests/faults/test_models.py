@@ -29,7 +29,7 @@ def test_chat_messages_without_a_template_name_the_option(train: Callable, tmp_p
     assert ended.code == 4
     assert ended.error == (
         f"error[model] {tmp_path / 'rows.jsonl'}:1: the data hold chat messages, and the tokenizer has no chat template;"
-        " fix: give one by `dataset.chat_template`, or use a model that has one"
+        " fix: give one by `--dataset.chat_template`, or use a model that has one"
     )
     template = "{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] ~ '<|end|>' }}{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -230,7 +230,7 @@ def test_what_is_wrong_in_a_file_is_reported_with_its_line(file, text: str) -> N
 
 
 FLAGS = {
-    "--model x --densty 1": "error[config] --densty: unknown option `densty` of ties; fix: did you mean `density`?",
+    "--model x --densty 1": "error[config] --densty: unknown option `densty` of ties; fix: did you mean `--density`?",
     "--model x --ouput o": "error[config] --ouput: unknown option `ouput`; fix: did you mean `--output`?",
     "--models x": "error[config] --models: `--models` can't be set as a whole; fix: write `--model A=0.7 --model B=0.3`",
     "--model": "error[config] --model: needs a value",

@@ -70,7 +70,7 @@ def test_what_a_sampler_cannot_do_is_refused(client: Any, options: dict[str, Any
     [
         (["--sampler", "best_off_n"], "did you mean `best_of_n`?"),
         (["--sampler", "best_of_n"], "`reward` is missing"),
-        (["--sampler", "best_of_n", "--reward", "repetition", "--candidatez", "2"], "did you mean `candidates`?"),
+        (["--sampler", "best_of_n", "--reward", "repetition", "--candidatez", "2"], "did you mean `--candidates`?"),
         (["--sampler", "generate", "--n", "2"], "isn't for a server"),
         (["--sampler", "generate", "--max-rows", "2"], "--max-rows"),
         (["--prot", "2"], "unknown option"),

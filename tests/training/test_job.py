@@ -96,10 +96,10 @@ def test_switching_a_group_on_keeps_what_fills_it(file) -> None:
 
 
 FLAG_FAULTS = {
-    "--bta 1": "--bta: unknown option `bta` of dpo; fix: did you mean `beta`?",
+    "--bta 1": "--bta: unknown option `bta` of dpo; fix: did you mean `--beta`?",
     "--modle x": "--modle: unknown option `modle`; fix: did you mean `--model`?",
-    "--lora.rnk 8": "--lora.rnk: unknown option `lora.rnk` of dpo; fix: did you mean `lora.rank`?",
-    "--rank 8": "--rank: unknown option `rank` of dpo; fix: did you mean `lora.rank`?",
+    "--lora.rnk 8": "--lora.rnk: unknown option `lora.rnk` of dpo; fix: did you mean `--lora.rank`?",
+    "--rank 8": "--rank: unknown option `rank` of dpo; fix: did you mean `--lora.rank`?",
     "--beta": "--beta: needs a value; fix: write `--beta VALUE`",
     "--beta 1 --beta 2": "--beta: given 2 times, but it takes one value; got `1` and `2`",
     "--beta 1 2": "command line: unexpected argument; got `2`",
