@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
 from statistics import NormalDist, fmean
@@ -176,11 +176,16 @@ def bootstrap_estimate(
     return Estimate(value, error, count, min(low, value), max(high, value))
 
 
-def ratio_difference(before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> Estimate:
+def ratio_difference(
+    before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]], *, shares: bool = False
+) -> Estimate:
     """Return Σ s₁/Σ n₁ − Σ s₀/Σ n₀ for clusters (s, n) that were measured twice, with a paired standard error.
 
     √( C/(C−1) · Σ_c ( (s₁ − r₁n₁)/N₁ − (s₀ − r₀n₀)/N₀ )² ): the linearised variance of a difference of two ratios over the same
-    clusters (Cochran 1977, section 6.3). With counts of 1 it is that of `paired_difference`.
+    clusters (Cochran 1977, section 6.3). With counts of 1 all is as of `paired_difference`.
+
+    Args:
+        before: (C,) s₀ and n₀ of each cluster. after: (C,) s₁ and n₁. shares: whether each s/n is a share, in [0, 1].
 
     Raises:
         ValueError: a measurement has no count, or they are of different numbers of clusters.
@@ -190,6 +195,8 @@ def ratio_difference(before: Sequence[tuple[float, float]], after: Sequence[tupl
     if not all(count > 0 for _, count in sums):
         raise ValueError("a ratio needs a cluster with a count")
     (old, old_count), (new, new_count) = ((total / count, count) for total, count in sums)
+    if all(n == 1 for pair in both for _, n in pair):
+        return paired_difference([s for (s, _), _ in both], [s for _, (s, _) in both], shares=shares)
     if len(both) < 2:
         return Estimate(new - old, None, len(both))
     apart = [(s1 - new * n1) / new_count - (s0 - old * n0) / old_count for (s0, n0), (s1, n1) in both]
@@ -198,9 +205,38 @@ def ratio_difference(before: Sequence[tuple[float, float]], after: Sequence[tupl
     return Estimate(new - old, error, len(both), new - old - width, new - old + width)
 
 
-def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """Return the mean of after − before over the same prompts, with the standard error of paired differences."""
-    return mean_estimate([now - then for then, now in zip(before, after, strict=True)])
+def paired_difference(before: Sequence[float], after: Sequence[float], *, shares: bool = False) -> Estimate:
+    """Return the mean of after − before over the same prompts, with the standard error of paired differences.
+
+    The interval is Student's. Of shares it is that of `paired_shares_interval` where each is 0 or 1, or all differ alike: there
+    Student's is too narrow, or empty.
+
+    Args:
+        before: (P,) each prompt's value. after: (P,) likewise. shares: whether the values are shares, in [0, 1].
+    """
+    differences = [now - then for then, now in zip(before, after, strict=True)]
+    found = mean_estimate(differences)
+    alike = max(differences) - min(differences) < 1e-12  # but for rounding
+    if not shares or len(differences) < 2 or not (alike or {*before, *after} <= {0, 1}):
+        return found
+    low, high = paired_shares_interval(differences)
+    return replace(found, low=min(low, found.value), high=max(high, found.value))
+
+
+def paired_shares_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of differences in [−1, 1] between pairs, which is never empty.
+
+    Bonett and Price 2012 ("Adjusted Wald confidence interval for a difference of binomial proportions based on paired data"): a
+    normal interval after two more pairs, of which one got better by 1 and one worse.
+
+    Args:
+        differences: (P,) after − before, one per pair; of pairs of 0 and 1 each is −1, 0 or 1.
+    """
+    pairs = len(differences) + 2
+    mean = math.fsum(differences) / pairs
+    square = (math.fsum(one**2 for one in differences) + 2) / pairs
+    width = _Z * math.sqrt((square - mean**2) / pairs)
+    return max(-1.0, mean - width), min(1.0, mean + width)
 
 
 @cache

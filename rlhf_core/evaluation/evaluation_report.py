@@ -20,6 +20,8 @@ _AGAINST = {
     "consistent": "baseline",
 }  # fmt: skip
 """Beginning of a metric's name → the role of the model that it compares the policy with."""
+_SHARES = ("accuracy/", "pass@", "majority@", "win_rate/", "ties/", "consistent/", "truncated")
+"""Beginnings of the names of metrics that are shares of completions or of pairs."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def compare(before: EvaluationReport, after: EvaluationReport) -> dict[str, Esti
 
     Prompts are paired by their contents, so their order may differ. What both evaluations share, such as how hard a prompt is,
     cancels: the error is smaller than that of two evaluations of different prompts. A prompt counts where both have a value.
-    What was measured against different models, such as the KL to two references, has no difference: see `not_compared`.
+    The intervals are those of `paired_difference`. What was measured against different models, such as the KL to two references,
+    has no difference: see `not_compared`.
 
     Raises:
         ConfigError: the evaluations are of different prompts.
@@ -168,7 +171,7 @@ def compare(before: EvaluationReport, after: EvaluationReport) -> dict[str, Esti
         pairs = zip(old.weighted(), (later[place[key]] for key in first), strict=True)
         both = [(one, other) for one, other in pairs if one[1] and other[1]]
         if both:
-            found[name] = ratio_difference(*map(list, zip(*both, strict=True)))
+            found[name] = ratio_difference(*map(list, zip(*both, strict=True)), shares=name.startswith(_SHARES))
     return found
 
 

@@ -24,7 +24,7 @@ from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import encode_prompts
 from rlhf_core.generation.sampled_rows import input_columns
 from rlhf_core.generation.sampler_models import load_policy
-from rlhf_core.improvement.paired_tests import holm, paired_test
+from rlhf_core.improvement.paired_tests import holm, paired_test, right_or_wrong
 from rlhf_core.infra.errors import ConfigError, DataError, Mistakes, RLHFError
 from rlhf_core.infra.files import read_json, replace_json, storage_errors
 from rlhf_core.models.policy_model import PolicyModel
@@ -277,7 +277,7 @@ class CapabilityTester:
                     suite.task,
                     old.estimate,
                     new.estimate,
-                    paired_difference(old.scores, new.scores),
+                    paired_difference(old.scores, new.scores, shares=right_or_wrong(old.scores, new.scores)),
                     test,
                     p,
                     q,
@@ -423,7 +423,7 @@ def _parsed(values: dict[str, Any]) -> CapabilityTestsConfig:
 
 def _estimate(scores: Sequence[float]) -> Estimate:
     """Return the mean over prompts: of right and wrong as a share, whose interval stays within 0 and 1."""
-    return share_estimate(scores) if all(score in (0, 1) for score in scores) else mean_estimate(scores)
+    return share_estimate(scores) if right_or_wrong(scores) else mean_estimate(scores)
 
 
 def _refuse_other_suite(before: SuiteResult, after: SuiteResult) -> None:

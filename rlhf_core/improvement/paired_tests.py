@@ -62,9 +62,14 @@ def sign_flip_test(differences: Sequence[float], *, resamples: int = 20_000) -> 
     return (1 + hits) / (1 + resamples)
 
 
+def right_or_wrong(*scores: Sequence[float]) -> bool:
+    """Return whether all scores are 1 for right or 0 for wrong, and none is graded."""
+    return all(one in (0, 1) for each in scores for one in each)
+
+
 def paired_test(before: Sequence[float], after: Sequence[float], *, resamples: int = 20_000) -> tuple[str, float]:
     """Return the test that fits paired values, `mcnemar` or `sign_flip`, and its one-sided p-value for a drop."""
-    if all(value in (0, 1) for value in (*before, *after)):
+    if right_or_wrong(before, after):
         losses = sum(old > new for old, new in zip(before, after, strict=True))
         gains = sum(old < new for old, new in zip(before, after, strict=True))
         return "mcnemar", mcnemar_test(losses, gains)

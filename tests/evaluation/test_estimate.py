@@ -18,6 +18,8 @@ from rlhf_core.evaluation.estimate import (
     bootstrap_estimate,
     mean_estimate,
     paired_difference,
+    paired_shares_interval,
+    ratio_difference,
     ratio_estimate,
     share_estimate,
     student_quantile,
@@ -56,6 +58,49 @@ def test_a_mean_by_hand() -> None:
     assert found.high == pytest.approx(2 + 4.302653 / math.sqrt(3)) and found.low == pytest.approx(4 - found.high)
     assert mean_estimate([5.0]) == Estimate(5.0, None, 1)
     assert paired_difference([1, 2, 3], [2, 4, 6]) == found
+
+
+def test_the_interval_of_a_difference_of_shares_by_hand() -> None:
+    """Of 20 pairs 6 got better and 1 worse: with one more of each, 7/22 − 2/22 ± z √((7/22 + 2/22 − (5/22)²)/22)."""
+    before, after = [0] * 6 + [1] + [0] * 13, [1] * 6 + [0] + [0] * 13
+    found = paired_difference(before, after, shares=True)
+    width = 1.959964 * math.sqrt((9 / 22 - (5 / 22) ** 2) / 22)
+    assert (found.low, found.high) == pytest.approx((5 / 22 - width, 5 / 22 + width), abs=1e-6)
+    plain = paired_difference(before, after)
+    assert (found.value, found.error) == (plain.value, plain.error) and found.low != plain.low
+    assert found == ratio_difference([(s, 1) for s in before], [(s, 1) for s in after], shares=True)
+
+
+def test_shares_that_did_not_change_may_have_changed_all_the_same() -> None:
+    """Of 40 pairs none changed: ± z √((2/42)/42). Numbers of another kind, such as lengths, are equal where they are."""
+    for same in ([0.0] * 40, [1.0] * 40, [0.25] * 40):
+        found = paired_difference(same, same, shares=True)
+        assert (found.value, found.error, found.high) == (0, 0, pytest.approx(1.959964 * math.sqrt(2) / 42))
+        assert found.low == pytest.approx(-found.high)
+    assert paired_difference([7.0] * 3, [7.0] * 3) == Estimate(0, 0, 3, 0, 0)
+    assert paired_difference([0.0], [1.0], shares=True) == Estimate(1, None, 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=60))
+def test_the_interval_of_a_difference_of_shares_holds_it(pairs: list[tuple[int, int]]) -> None:
+    before, after = zip(*pairs, strict=True)
+    found, turned = (paired_difference(*both, shares=True) for both in ((before, after), (after, before)))
+    assert found.low is not None and found.high is not None
+    assert -1 <= found.low <= found.value <= found.high <= 1 and found.low < found.high
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0.0, 0.0), (0.02, 0.0), (0.1, 0.05), (0.4, 0.1), (0.9, 0.0)])
+@pytest.mark.parametrize("count", [10, 40])
+def test_the_interval_of_a_difference_of_shares_covers_it(better: float, worse: float, count: int) -> None:
+    """Over 2,000 evaluations of few prompts; Student's interval covers 33 % of the time where 2 % of 20 prompts get better."""
+    rng = Random(0)
+    held = 0
+    for _ in range(2000):
+        drawn = rng.choices([1, -1, 0], [better, worse, 1 - better - worse], k=count)
+        low, high = paired_shares_interval(drawn)
+        held += low <= better - worse <= high
+    assert held / 2000 >= 0.95 - 0.02
 
 
 def test_wilsons_interval_by_hand() -> None:
