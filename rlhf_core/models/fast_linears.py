@@ -3,7 +3,7 @@
 Weights are packed once, where oneDNN would bring them into its own order in each product. Layers that read the same input, such
 as q, k and v, are one product, and their input is cast once. For float32, PyTorch on x86 calls MKL, which needs twice oneDNN's
 time on processors of another maker. Whether packed products are faster at all is measured. Where a processor has no instructions
-for bf16, its products of 16-bit numbers run in float32, and are rounded as they would be.
+for bf16 or fp16, its products of such numbers run in float32, and are rounded as they would be.
 
 Where layers have LoRA adapters, all first matrices of a group are one product more, and all second ones another.
 
@@ -38,14 +38,14 @@ from rlhf_core.models.cpu_products import (
 from rlhf_core.models.fast_adapters import LowRankUpdate, tensor_version, update_in_place, update_of
 from rlhf_core.models.patches import holding, holds
 
-MARGINS = {torch.float32: 0.75, torch.bfloat16: 0.95}
-"""Packed products are used where they need at most this share of the time of PyTorch's. In bf16 PyTorch calls oneDNN, too, with
+MARGINS = {torch.float32: 0.75, torch.bfloat16: 0.95, torch.float16: 0.95}
+"""Packed products are used where they need at most this share of the time of PyTorch's. In 16 bits PyTorch calls oneDNN, too, with
 the same bits. In float32 it doesn't on x86: a share that noise doesn't cross makes all of a machine's processes agree."""
 MEMORY_SHARE = 0.25
 """Weights are packed where their copy takes at most this share of the memory that is available."""
 WIDE_MARGIN = 0.5
 """Products of 16-bit numbers run in float32 where that takes at most this share of the time of any other way: about a fifth on
-processors without instructions for bf16, more than the whole on others."""
+processors without instructions for these, more than the whole on others."""
 LEAST_ROWS = 4
 """For fewer tokens, bringing a weight that isn't packed into float32 takes longer than a product in 16 bits."""
 PART = 1 << 20
