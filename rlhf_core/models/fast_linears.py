@@ -39,8 +39,8 @@ from rlhf_core.models.fast_adapters import LowRankUpdate, tensor_version, update
 from rlhf_core.models.patches import holding, holds
 
 MARGINS = {torch.float32: 0.75, torch.bfloat16: 0.95, torch.float16: 0.95}
-"""Packed products are used where they need at most this share of the time of PyTorch's. In 16 bits PyTorch calls oneDNN, too, with
-the same bits. In float32 it doesn't on x86: a share that noise doesn't cross makes all of a machine's processes agree."""
+"""Packed products are used where they need at most this share of the time of PyTorch's. In 16 bits PyTorch calls oneDNN, too,
+with the same bits. In float32 it doesn't on x86: a share that noise doesn't cross makes all of a machine's processes agree."""
 MEMORY_SHARE = 0.25
 """Weights are packed where their copy takes at most this share of the memory that is available."""
 WIDE_MARGIN = 0.5
