@@ -135,10 +135,37 @@ class _Stages:
             yield self._typed({"allOf": [_of("merge"), condition]}, plugin.name, own, _OF_MERGE)
 
     def improvement(self) -> dict[str, Any]:
-        """Return what a stage of self-improvement may hold."""
-        from rlhf_core.config.improvement_round import ImprovementConfig
+        """Return what a stage of self-improvement may hold; its sampler and its training have the options of their methods."""
+        from rlhf_core.config.improvement_round import SAMPLED, TRAINED, TRAINER, ImprovementConfig
 
-        return self._typed(_of("improve"), "improve", file_schema([ImprovementConfig], title=""), but=("method",))
+        own = file_schema([ImprovementConfig], title="")
+        about = {name: own["properties"][name] for name in ("sampler", "train")}
+        inner = {
+            "sampler": {**about["sampler"], **self._inner("sampler", SAMPLED), "required": ["method"]},
+            "train": {**about["train"], **self._inner("trainer", TRAINED, without=TRAINER)},
+        }
+        return self._typed(_of("improve"), "improve", own, inner, but=("method",))
+
+    def _inner(self, kind: str, but: Sequence[str], without: str | None = None) -> dict[str, Any]:
+        """Return what a group of a stage may hold: a method's name, or a method and its options.
+
+        Args:
+            kind: of the method.
+            but: keys of the method's file that the stage sets itself.
+            without: the method of a group that names none.
+        """
+        typed = []
+        for plugin, own in self._methods(kind):
+            condition: dict[str, Any] = {"type": "object", "properties": {"method": {"enum": self.names_of(plugin)}}}
+            if plugin.name != without:
+                condition["required"] = ["method"]
+            stage = self._typed(condition, plugin.name, own)
+            keys = {name: one for name, one in stage["then"]["properties"].items() if name in own["properties"]}
+            inner = {"method": self.properties["method"], **keys}
+            for name in ("output", *but):
+                inner.pop(name, None)
+            typed.append({"if": condition, "then": {**stage["then"], "properties": inner}})
+        return {"type": ["string", "object"], "allOf": typed}
 
     def _methods(self, kind: str) -> Iterator[tuple[Plugin, dict[str, Any]]]:
         """Yield the methods of a kind that can be used, with the schemas of their files."""

@@ -11,6 +11,7 @@ import typer
 from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_table, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
+from rlhf_core.infra.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from rlhf_core.infra.errors import RLHFError
@@ -53,7 +54,7 @@ def run(
     refuse_file_of_another(recipe, "run", checked=dry_run)
     changes = {key: value for key, value in {"output": output, "seed": seed}.items() if value is not None}
     if dry_run:
-        return check(recipe, changes, as_json=as_json)
+        return check(recipe, changes, resume=resume, overwrite=overwrite, as_json=as_json)
     with quick_imports():
         from rlhf_core.pipeline.orchestrator import RLHFOrchestrator
         from rlhf_core.pipeline.recipe import RecipeError
@@ -74,10 +75,26 @@ def run(
     return None
 
 
-def check(recipe: str, changes: dict[str, Any] | None = None, *, as_json: bool = False) -> None:
-    """Check a recipe; print its stages, and `ok` or every mistake. Exits with the code of the first kind of mistake."""
+def check(
+    recipe: str,
+    changes: dict[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Check a recipe and its directory; print its stages, and `ok` or every mistake.
+
+    Exits with the code of the first kind of mistake.
+
+    Args:
+        changes: of the recipe's own keys.
+        resume, overwrite: what the pipeline would be started with.
+    """
     with quick_imports():
+        from rlhf_core.pipeline.orchestrator import pipeline_inputs
         from rlhf_core.pipeline.pipeline_plan import PipelinePlan
+        from rlhf_core.pipeline.pipeline_record import output_state, refuse_inputs_inside
         from rlhf_core.pipeline.recipe import RecipeError, read_recipe
         from rlhf_core.pipeline.stage_costs import stage_costs
 
@@ -85,20 +102,29 @@ def check(recipe: str, changes: dict[str, Any] | None = None, *, as_json: bool =
             plan = PipelinePlan(read_recipe(recipe, changes))
         except RecipeError as error:
             _refuse(error.errors)
-        errors = plan.check()
+        errors, state = plan.check(), None
+        if "output" not in plan.recipe.wrong:
+            try:
+                state = output_state(plan.output, resume=resume, overwrite=overwrite)
+                if overwrite and not resume:
+                    refuse_inputs_inside(plan.output, pipeline_inputs(plan))
+            except (StorageError, ConfigError) as error:
+                errors.append(error)
         costs = [] if errors else stage_costs(plan)
     if as_json:
         rows = plan.as_rows()
         for row, cost in zip(rows, costs, strict=False):
             row["cost"] = cost.as_dict()
         output = None if "output" in plan.recipe.wrong else str(plan.output)
-        print_json({"stages": rows, "errors": [error.line() for error in errors], "output": output})
+        lines = [error.line() for error in errors]
+        print_json({"stages": rows, "errors": lines, "output": output, "output_state": state})
     else:
         _show(plan, [cost.cells() for cost in costs])
     if errors:
         _refuse(errors)
     if not as_json:
         stages = "1 stage" if len(plan.stages) == 1 else f"{len(plan.stages)} stages"
+        print_text(f"output: {plan.recipe.recipe.output} ({state})")
         print_text(f"ok: {recipe} is a valid recipe of {stages}")
 
 

@@ -8,7 +8,8 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 from rlhf_core.cli.printing import encodable, print_warning
-from rlhf_core.infra.errors import StorageError, did_you_mean, printable
+from rlhf_core.infra.errors import StorageError, printable
+from rlhf_core.infra.near_runs import near_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +26,8 @@ def require_run(run: Path) -> None:
 
     if not run.is_dir() or not is_run(run):
         what = "is not a run's directory" if run.is_dir() else "is a file" if run.exists() else "no such directory"
-        raise StorageError(what, place=str(run), fix=_near(run))
+        fix = near_run(run) or "give the directory that a run was started with as `--output`"
+        raise StorageError(what, place=str(run), fix=fix)
 
 
 def warn_of_damage(path: Path, damaged: Sequence[int]) -> None:
@@ -60,13 +62,3 @@ def styled(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(encodable(printable(text, lines=True)), style=style)
-
-
-def _near(path: Path) -> str | None:
-    """Return a hint for a path that is no run's directory: the runs in it or beside it, or the one that it is in."""
-    inside = [parent for parent in path.absolute().parents if (parent / "run.json").is_file()][:1]
-    if inside and path.exists():
-        return f"give the run's directory, {inside[0]}"
-    folder = path if path.is_dir() else path.parent
-    runs = [str(found.parent) for found in sorted(folder.glob("*/run.json"))[:50]] if folder.is_dir() else []
-    return did_you_mean(str(path), runs) if runs else "give the directory that a run was started with as `--output`"

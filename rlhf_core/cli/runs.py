@@ -15,6 +15,7 @@ from rlhf_core.cli.printing import encodable, print_heading, print_json, print_n
 from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.cli.run_texts import require_run
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.model_files import near_path
 
 if TYPE_CHECKING:
     from rlhf_core.evaluation.report.run_files import RunHistory
@@ -59,14 +60,17 @@ def runs(directory: _Directory = None, metric: _Metric = None, as_json: _Json = 
 
     The metric is the one by which a run finds its best checkpoint (`keep_best`, `early_stopping`), else its reward, accuracy or
     loss on held-out rows. A run whose process is gone without having written how it ended is `killed`; `rlhf train RUN --resume`
-    continues it. What failed is said under the table.
+    continues it. `failed at start` is one that failed before its first step, which holds nothing that was trained. What failed is
+    said under the table.
     """
     with quick_imports():
         from rlhf_core.evaluation.run_list import list_runs
     place = directory or (Path("runs") if Path("runs").is_dir() else Path())
     if not place.is_dir():
         what = "is a file, not a directory" if place.exists() else "no such directory"
-        raise ConfigError(what, place=str(place), fix="give a directory with runs in it")
+        near = None if place.exists() else near_path(place)
+        fix = near if near is not None and near.startswith("did you mean") else "give a directory with runs in it"
+        raise ConfigError(what, place=str(place), fix=fix)
     found = list_runs(place, metric)
     if as_json:
         return print_json([run.as_dict() for run in found])
@@ -81,7 +85,7 @@ def _print_runs(found: list[RunSummary]) -> None:
 
     columns: dict[str, list[str]] = {
         "run": [run.name for run in found],
-        "status": [run.status for run in found],
+        "status": ["failed at start" if run.never_began else run.status for run in found],
         "method": [run.method for run in found],
         "model": [run.model for run in found],
         "steps": [f"{run.step}" if run.total_steps is None else f"{run.step}/{run.total_steps}" for run in found],
@@ -96,7 +100,9 @@ def _print_runs(found: list[RunSummary]) -> None:
             columns = {key: cells for key, cells in columns.items() if key != name or shorter is not None}
             columns |= {} if shorter is None else {name: shorter}
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    print_table(list(columns), rows, styles=[_STYLES.get(run.status, "") for run in found])
+    print_table(
+        list(columns), rows, styles=["dim" if run.never_began else _STYLES.get(run.status, "") for run in found]
+    )
     for run in found:
         if said := run.message or "; ".join(run.notes):
             print_note(f"{run.name}: {said}")

@@ -18,6 +18,7 @@ from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted, StorageError
+from rlhf_core.infra.near_runs import near_run
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.result import TrainResult
@@ -119,8 +120,13 @@ def train(
 
 def _of_run(target: str, flags: list[str], *, resume: bool) -> tuple[str, list[str]]:
     """Return what is to be trained where a run's directory is named: its own configuration, with itself as `--output`."""
+    from rlhf_core.registry.method_or_file import names_file
+
     directory = Path(target).expanduser()
     if not (directory / "run.json").is_file() or not (directory / "config.yaml").is_file():
+        a_run = names_file(target) and directory.suffix not in (".yaml", ".yml") and not directory.exists()
+        if a_run and (near := near_run(directory)) is not None:
+            raise ConfigError("no such file or run", place=target, fix=near)
         return target, flags
     if not resume:
         raise ConfigError(

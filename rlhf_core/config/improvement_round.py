@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.flaw_run import FlawDetectionConfig
 from rlhf_core.config.online import RewardConfig
+
+TRAINER = "sft"
+"""The method of a training that names none."""
+SAMPLED = ("model", "prompts", "output")
+"""Keys of sampling that the stage sets itself."""
+TRAINED = ("model", "data", "output")
+"""Keys of training that the stage sets itself."""
 
 
 class FlawFilterConfig(FlawDetectionConfig):
@@ -53,7 +60,7 @@ class ImprovementConfig(BaseConfig):
         description="Most different completions kept per prompt, the best first; larger trains more on easy prompts.",
     )
     train: dict[str, Any] = Field(
-        default_factory=lambda: {"method": "sft"},
+        default_factory=lambda: {"method": TRAINER},
         description="Training on what is kept: `method`, a trainer of the record type `sft`, and its options.",
     )
     restart: bool = Field(
@@ -77,3 +84,11 @@ class ImprovementConfig(BaseConfig):
     @classmethod
     def _method_alone(cls, value: Any) -> Any:
         return {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value
+
+    @field_validator("sampler", "train")
+    @classmethod
+    def _own_keys(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        set_by_stage = SAMPLED if info.field_name == "sampler" else TRAINED
+        if given := next((name for name in set_by_stage if name in value), None):
+            raise ValueError(f"`{given}` is set by the stage itself, and isn't an option of its `{info.field_name}`")
+        return value

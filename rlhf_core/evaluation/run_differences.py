@@ -15,6 +15,7 @@ from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import flatten
 from rlhf_core.evaluation.report.run_files import is_run_directory, read_mapping, read_yaml_mapping, require_readable
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.near_runs import near_run
 from rlhf_core.infra.redact import redact
 
 _HASH = 12
@@ -57,7 +58,7 @@ def _parts(path: Path) -> dict[str, dict[str, Any]]:
     """Return what is compared of a run: part → name → value."""
     require_readable(path)
     if not is_run_directory(path):
-        fix = "give the directory that a run was started with as `--output`; `rlhf runs` lists them"
+        fix = near_run(path) or "give the directory that a run was started with as `--output`; `rlhf runs` lists them"
         raise ConfigError("is not a run's directory", place=str(path), fix=fix)
     notes: list[str] = []
     record = read_mapping(path / "run.json", notes)

@@ -59,6 +59,11 @@ class RunSummary:
     notes: Sequence[str] = field(default_factory=list)
     """What can't be read of its files."""
 
+    @property
+    def never_began(self) -> bool:
+        """Whether it failed before its first step, so that it holds nothing that was trained."""
+        return self.status == "failed" and not self.step
+
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
         return {**asdict(self), "path": str(self.path)}

@@ -172,6 +172,14 @@ def lock_file(descriptor: int, path: Path, what: str) -> bool:
     return True
 
 
+def lies_in(path: Path, directory: Path) -> bool:
+    """Return whether a path exists, and it or what it links to lies in a directory, which is given resolved."""
+    places = [path.resolve()]
+    if path.name != "..":
+        places.append(path.parent.resolve() / path.name)
+    return path.exists() and any(place.is_relative_to(directory) for place in places)
+
+
 def is_locked(path: Path) -> bool | None:
     """Return whether a process holds the lock of a lock file; None where the system or the file system has no locks.
 

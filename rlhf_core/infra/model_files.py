@@ -16,6 +16,7 @@ from rlhf_core.infra.errors import ModelError, first_line, nearest
 from rlhf_core.infra.files import read_json, sha256_of, storage_errors
 from rlhf_core.infra.found_paths import looked_in, places_of, unexpanded
 from rlhf_core.infra.hub_access import HubUnreachable, NotOnHub, ask_hub, stay_offline
+from rlhf_core.infra.near_runs import near_run
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def _number(name: str) -> tuple[int, str]:
 
 def _near_of(source: str) -> str | None:
     """Return a hint for a path that doesn't exist: the nearest name, wherever it was looked for."""
-    hints = [near_path(Path(one).expanduser()) for one in places_of(source)]
+    hints = [near_model_or_run(Path(one).expanduser()) for one in places_of(source)]
     return next((hint for hint in hints if hint is not None and hint.startswith("did you mean")), hints[0])
 
 
@@ -176,16 +177,25 @@ def near_path(path: Path) -> str | None:
     return f"did you mean {path.parent / near}?" if near else None
 
 
+def near_model_or_run(path: Path) -> str | None:
+    """Return a hint for a model or a run that doesn't exist: the nearest name, else the runs there, else as `near_path`."""
+    near = near_path(path)
+    return (
+        near
+        if near is not None and near.startswith("did you mean")
+        else near_run(path if path.parent.is_dir() else path.parent) or near
+    )
+
+
 def no_such_model(source: str, error: Exception) -> ModelError:
     """Return the error for a name that is neither a local directory nor a model that the hub can deliver."""
-    near = near_path(Path(source)) or ""
+    near = near_model_or_run(Path(source)) or ""
+    named = near.startswith("did you mean") or (near.startswith("name one of") and len(Path(source).parts) > 1)
     return ModelError(
         f"is no local directory{looked_in(source)}, and no model that could be fetched from the hub",
         place=source,
         got=first_line(error),
-        fix=near
-        if near.startswith("did you mean")
-        else "check the path, or for a hub name the spelling and the network",
+        fix=near if named else "check the path, or for a hub name the spelling and the network",
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config.improvement_round import FlawFilterConfig, ImprovementConfig
+from rlhf_core.config.improvement_round import TRAINER, FlawFilterConfig, ImprovementConfig
 from rlhf_core.config.online import RewardConfig
 from rlhf_core.config.yaml_file import dump_yaml, overlay
 from rlhf_core.generation.sampling_job import load_sampling_job
@@ -41,7 +41,7 @@ from rlhf_core.training.job import load_job
 
 _SCORE = "check_score"
 """Column of the check's scores."""
-_RECORD = _TRAINER = "sft"
+_RECORD = "sft"
 
 
 class ImproveStage(Stage):
@@ -114,8 +114,8 @@ class ImproveStage(Stage):
 
     def trainer_options(self) -> set[str] | None:
         """Return the options of the trainer, of an unknown one those of the nearest; None where no name is near."""
-        train = self.values.get("train", _TRAINER)
-        return trainer_options(train.get("method", _TRAINER) if isinstance(train, Mapping) else train)
+        train = self.values.get("train", TRAINER)
+        return trainer_options(train.get("method", TRAINER) if isinstance(train, Mapping) else train)
 
     def _check_flaws(self, config: FlawFilterConfig) -> None:
         """Check the detectors and the verifier. Raises RLHFError: there is none of a name, or its options are wrong."""
@@ -218,7 +218,7 @@ class ImproveStage(Stage):
         """Return the file of a round's training, as values."""
         known = self.trainer_options() or set()
         defaults = {key: value for key, value in self.recipe.recipe.defaults.items() if key in known}
-        values = overlay({"method": _TRAINER, "seed": config.seed, **defaults}, config.train)
+        values = overlay({"method": TRAINER, "seed": config.seed, **defaults}, config.train)
         return {**values, MODEL: policy, "data": str(data), "output": str(output)}
 
     def _places(self, group: str) -> dict[str, str]:

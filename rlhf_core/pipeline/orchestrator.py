@@ -114,7 +114,7 @@ class RLHFOrchestrator:
         """
         plan = self.plan()
         if overwrite and not resume:
-            refuse_inputs_inside(plan.output, _inputs(plan))
+            refuse_inputs_inside(plan.output, pipeline_inputs(plan))
         record = PipelineRecord.open(plan.output, resume=resume, overwrite=overwrite)
         try:
             record.begin(plan.recipe)
@@ -398,7 +398,7 @@ def load_model(path: str | Path) -> PolicyModel | HeadedModel:
     return PolicyModel.from_pretrained(path)
 
 
-def _inputs(plan: PipelinePlan) -> dict[str, str]:
+def pipeline_inputs(plan: PipelinePlan) -> dict[str, str]:
     """Return path → place of what a pipeline reads."""
     from rlhf_core.pipeline.stage_fingerprint import named_paths
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.files import (
     append_lines,
     fsync_directory,
+    is_locked,
+    lies_in,
     lock_directory,
     read_json,
     remove_tree,
@@ -140,13 +143,52 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def output_state(path: Path, *, resume: bool, overwrite: bool) -> str:
+    """Return what a pipeline would find in its directory and do with it, as a phrase; nothing is changed.
+
+    Raises:
+        StorageError: it is a file, holds what no pipeline has written, or a record that can't be read: neither option helps then.
+    """
+    if path.exists() and not path.is_dir():
+        raise StorageError("is a file, not a directory", place=str(path), fix="choose another `output`")
+    content = [item for item in path.iterdir() if item.name != LOCK] if path.exists() else []
+    if not content:
+        return "new"
+    _read_record(path, content)
+    if is_locked(path / LOCK):
+        return "a pipeline is at work there: wait for its end, or choose another `output`"
+    if resume:
+        return "continued, and changed stages replaced" if overwrite else "continued"
+    return "replaced" if overwrite else "holds an earlier pipeline: needs --resume or --overwrite"
+
+
 def _continued(path: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
     """Return the content of `pipeline.json` to go on with, after removing what is replaced."""
     content = [item for item in path.iterdir() if item.name != LOCK]
-    record = path / RECORD
     fresh = {"rlhf_core": __version__, "started": now(), "stages": []}
     if not content:
         return fresh
+    values = _read_record(path, content)
+    if resume:
+        return values
+    if not overwrite:
+        fix = "`--resume` continues it, `--overwrite` replaces it"
+        raise StorageError("holds an earlier pipeline", place=str(path), fix=fix)
+    with storage_errors(path):
+        # The record goes last: after a kill half-way the rest can be removed again.
+        for item in sorted(content, key=lambda item: item.name == RECORD):
+            remove_tree(item)
+        fsync_directory(path)
+    return fresh
+
+
+def _read_record(path: Path, content: Sequence[Path]) -> dict[str, Any]:
+    """Return the content of `pipeline.json` of a directory that isn't empty.
+
+    Raises:
+        StorageError: it holds none, or one that can't be read.
+    """
+    record = path / RECORD
     if not record.is_file():
         raise StorageError(
             "is not empty and not a pipeline's directory, so it is neither continued nor removed",
@@ -161,17 +203,7 @@ def _continued(path: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         fix = "restore a whole copy of it, or choose a new directory"
         raise StorageError("can't be read as a pipeline's record", place=str(record), got=error, fix=fix) from None
-    if resume:
-        return values
-    if not overwrite:
-        fix = "`--resume` continues it, `--overwrite` replaces it"
-        raise StorageError("holds an earlier pipeline", place=str(path), fix=fix)
-    with storage_errors(path):
-        # The record goes last: after a kill half-way the rest can be removed again.
-        for item in sorted(content, key=lambda item: item.name == RECORD):
-            remove_tree(item)
-        fsync_directory(path)
-    return fresh
+    return values
 
 
 def refuse_inputs_inside(path: Path, sources: dict[str, str]) -> None:
@@ -182,7 +214,6 @@ def refuse_inputs_inside(path: Path, sources: dict[str, str]) -> None:
     """
     directory = path.resolve()
     for source, place in sources.items():
-        read = Path(source).expanduser()
-        if read.exists() and read.resolve().is_relative_to(directory):
+        if lies_in(Path(source).expanduser(), directory):
             fix = "choose another `output`"
             raise ConfigError("lies in the directory that is replaced", place=place, got=source, fix=fix)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.files import read_json
-from rlhf_core.infra.model_files import is_hub_name, locate, near_path
+from rlhf_core.infra.model_files import is_hub_name, locate, near_model_or_run
 from rlhf_core.training.checkpoint import Checkpoint, CheckpointManager
 
 _PIPELINE = "pipeline.json"
@@ -47,7 +47,7 @@ def find_saved_model(name: str | Path) -> SavedModel:
         if is_hub_name(text) and not path.parent.is_dir():
             fix = f"`hf download {text} --local-dir {Path(text).name}`, then name that directory"
             raise ModelError("is no directory here; models on the hub are exported once they are", place=text, fix=fix)
-        raise ModelError("no such run or model", place=text, fix=near_path(path))
+        raise ModelError("no such run or model", place=text, fix=near_model_or_run(path))
     if _holds_gguf_alone(path):
         raise ModelError(
             "GGUF files are an export's result, and their weights mostly quantised: nothing is made from them here",

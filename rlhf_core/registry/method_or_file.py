@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_core.config.file_paths import find_beside
 from rlhf_core.config.known_names import written_for
 from rlhf_core.config.yaml_file import load_yaml
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, nearest
 from rlhf_core.registry.discovery import Plugin
 from rlhf_core.registry.resolve import View, load, lookup
 
@@ -81,9 +81,12 @@ def find_plugin(values: Mapping[str, Any], places: Mapping[str, str], kind: str)
                 fix=f"`rlhf init METHOD` writes one of ours (METHOD is one of {known}); docs/other-trainers.md says what {tool}'s"
                 " options are called here, and so do messages once there is a `method`",
             )
-        raise ConfigError(
-            problem, place=place, got=None if name is None else repr(name), fix=f"set it to one of: {known}"
-        )
+        instead = f"set it to one of: {known}"
+        if name is None and kind == "trainer" and place.endswith((".yaml", ".yml")):
+            meant = nearest("stages", (key for key in places if "." not in key))
+            asked = f" (did you mean it by `{meant}`?)" if meant else ""
+            instead += f"; a recipe of several, for `rlhf run`, has `stages`{asked}"
+        raise ConfigError(problem, place=place, got=None if name is None else repr(name), fix=instead)
     try:
         return lookup(name, kind)
     except ConfigError as error:

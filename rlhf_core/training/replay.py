@@ -18,6 +18,7 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import ScoreWithParts
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.files import read_json, storage_errors
+from rlhf_core.infra.near_runs import near_run
 from rlhf_core.rewards import Rewards, Scores, rewards_changed
 from rlhf_core.training.rollout_log import ROLLOUTS, prompt_hash, row_of, unpack
 from rlhf_core.training.run_directory import is_run
@@ -48,7 +49,11 @@ class SavedRollouts:
         self.used = False
         """Whether the method has asked for any."""
         if not is_run(self.run):
-            raise StorageError("is not a run's directory", place=f"replay: {self.run}", fix="give a run's directory")
+            raise StorageError(
+                "is not a run's directory",
+                place=f"replay: {self.run}",
+                fix=near_run(self.run) or "give a run's directory",
+            )
         self._offsets = self._find()
         if not self._offsets:
             raise ConfigError(

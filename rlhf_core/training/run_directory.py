@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from rlhf_core.infra.files import (
     fsync_directory,
     is_locked,
     leftover_of,
+    lies_in,
     lock_directory,
     read_json,
     remove_tree,
@@ -229,8 +230,7 @@ def refuse_inputs_inside(path: Path, options: Mapping[str, Any]) -> None:
                 check(each, place)
         elif isinstance(value, str) and place != "output":
             try:
-                read = Path(value).expanduser().resolve()
-                inside = read.is_relative_to(directory) and read.exists()
+                inside = lies_in(Path(value).expanduser(), directory)
             except (OSError, ValueError, RuntimeError):  # a text that no path can be
                 return
             if inside:
@@ -285,24 +285,24 @@ def _make_ready(path: Path, *, resume: bool, overwrite: bool) -> bool:
     ours = is_run(path)
     # A run that failed before its first step holds nothing that could be lost, so it is replaced without `--overwrite`.
     overwrite = overwrite or (ours and not resume and _never_began(path))
-    if not (resume or overwrite):
-        fix = "`--resume` continues it, `--overwrite` replaces it" if ours else "choose an empty or a new directory"
-        what = (
-            "holds an earlier run"
-            if ours
-            else "is not empty, and not a run's directory (`--resume` and `--overwrite` need one)"
-        )
-        raise StorageError(what, place=str(path), fix=fix)
     if not ours:
-        raise StorageError(
-            "is not empty and not a run's directory, so it is neither continued nor removed",
-            place=str(path),
-            got=", ".join(sorted(item.name for item in content)[:5]),
-            fix="choose an empty or a new directory",
-        )
+        raise _foreign(path, content)
+    if not (resume or overwrite):
+        fix = "`--resume` continues it, `--overwrite` replaces it"
+        raise StorageError("holds an earlier run", place=str(path), fix=fix)
     # `run.json`, which makes it a run's directory, goes last: after a kill half-way it can be overwritten again.
     _remove(path, leftovers + (sorted(content, key=lambda item: item.name == "run.json") if overwrite else []))
     return resume
+
+
+def _foreign(path: Path, content: Sequence[Path]) -> StorageError:
+    """Return the error for a directory that holds what no run has written."""
+    return StorageError(
+        "is not empty and not a run's directory, so it is neither continued nor removed",
+        place=str(path),
+        got=", ".join(sorted(item.name for item in content)[:5]),
+        fix="choose an empty or a new directory",
+    )
 
 
 def _is_leftover(name: str) -> bool:
@@ -334,8 +334,7 @@ def output_state(path: Path, *, resume: bool, overwrite: bool) -> str:
     if not found:
         return "new"
     if not is_run(path):
-        fix = "choose an empty or a new directory"
-        raise StorageError("is not empty, and not a run's directory", place=str(path), fix=fix)
+        raise _foreign(path, found)
     if is_at_work(path):
         return "a run is at work there: wait for its end, or choose another `output`"
     if resume or overwrite:

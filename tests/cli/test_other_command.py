@@ -49,6 +49,13 @@ def test_a_check_is_answered_with_a_check(rlhf: Any, file: Any) -> None:
     assert "fix: `rlhf test-capabilities f.yaml`\n" in rlhf("validate", file("test-capabilities"))[2]
 
 
+def test_a_file_without_method_or_stages_may_be_a_recipe(rlhf: Any, file: Any) -> None:
+    Path("f.yaml").write_text("model: m\noutput: o\n")
+    assert "; a recipe of several, for `rlhf run`, has `stages`\n" in rlhf("validate", "f.yaml")[2]
+    Path("f.yaml").write_text("model: m\noutput: o\nstage:\n- {method: sft, data: d}\n")
+    assert "has `stages` (did you mean it by `stage`?)\n" in rlhf("validate", "f.yaml")[2]
+
+
 def test_what_may_be_anything_is_read_as_the_commands_own(rlhf: Any, file: Any) -> None:
     for text in ("method: tis\n", "model: m\n", "[broken", "method: 3\n"):
         Path("f.yaml").write_text(text)

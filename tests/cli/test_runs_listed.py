@@ -86,6 +86,16 @@ def test_a_run_that_was_killed_is_told_from_one_that_runs(folder: Path) -> None:
     assert {run.name: run.status for run in list_runs(folder)}["killed"] == "killed"
 
 
+def test_a_first_try_that_never_began_says_so(rlhf, tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path / "try", resume=False, overwrite=False)
+    run.end("failed", 3, step=0, message="rows.jsonl:1: no column `chosen`")
+    run.close()
+    write_run(tmp_path / "second", "failed", message="loss isn't finite")
+    code, out, _ = rlhf("runs", str(tmp_path))
+    rows = {line.split()[0]: line for line in out.splitlines()[1:3]}
+    assert code == 0 and " failed at start " in rows["try"] and " failed  " in rows["second"]
+
+
 def test_the_figures_of_a_run(folder: Path) -> None:
     (run,) = list_runs(folder / "done")
     assert (run.name, run.method, run.model, run.step, run.total_steps) == ("done", "sft", "small", 40, 40)

@@ -115,6 +115,38 @@ def test_a_good_recipe_is_shown_as_a_table(folder: Path, capsys: pytest.CaptureF
     assert not (folder / "out").exists()
 
 
+def test_what_a_pipeline_would_refuse_of_its_directory_is_told_before(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "one.yaml").write_text("model: model\noutput: mine\nstages: [{method: sft, data: sft.jsonl}]\n")
+    (folder / "mine").mkdir()
+    assert main(["validate", "one.yaml"]) == 0
+    assert "output: mine (new)\n" in capsys.readouterr().out
+    (folder / "mine" / "thesis.tex").touch()
+    for command in (["validate", "one.yaml"], ["run", "one.yaml", "--dry-run"], ["run", "one.yaml"]):
+        for more in [[], ["--overwrite"]] if command[0] == "run" else [[]]:
+            assert main([*command, *more]) == 7
+            (line,) = lines(capsys)
+            assert line.endswith(
+                "is not empty and not a pipeline's directory, so it is neither continued nor removed; got thesis.tex; fix: choose"
+                " an empty or a new directory"
+            )
+    (folder / "mine" / "thesis.tex").unlink()
+    (folder / "mine" / "pipeline.json").write_text('{"stages": []}')
+    for more, state in (
+        ([], "holds an earlier pipeline: needs --resume or --overwrite"),
+        (["--resume"], "continued"),
+        (["--overwrite"], "replaced"),
+    ):
+        assert main(["run", "one.yaml", "--dry-run", *more]) == 0
+        assert f"output: mine ({state})\n" in capsys.readouterr().out
+    (folder / "sft.jsonl").rename(folder / "mine" / "sft.jsonl")
+    (folder / "one.yaml").write_text("model: model\noutput: mine\nstages: [{method: sft, data: mine/sft.jsonl}]\n")
+    for more in (["--dry-run"], []):
+        assert main(["run", "one.yaml", "--overwrite", *more]) == 2
+        assert "lies in the directory that is replaced" in lines(capsys)[0]
+
+
 def errors_of(*stages: dict[str, object]) -> list[RLHFError]:
     return PipelinePlan(read_recipe({"model": "model", "output": "out", "stages": list(stages)})).check()
 

@@ -107,7 +107,7 @@ def test_what_a_run_would_do_with_its_directory_is_told_before(tmp_path: Path) -
     assert (state(run), state(run, resume=True)) == ("new", "new")
     with pytest.raises(StorageError, match="is a file, not a directory"):
         state(file)
-    with pytest.raises(StorageError, match="is not empty, and not a run's directory"):
+    with pytest.raises(StorageError, match="is not empty and not a run's directory"):
         state(tmp_path, overwrite=True)
     held = RunDirectory.open(run, resume=False, overwrite=False)
     assert state(run, resume=True).startswith("a run is at work there")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeGuard
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.infra.errors import ConfigError, RLHFError
 from rlhf_core.infra.files import read_json
+from rlhf_core.infra.near_runs import near_run
 from rlhf_core.training.rollout_log import ROLLOUTS, row_of
 from rlhf_core.training.sample_log import NAME as SAMPLES
 from rlhf_core.training.sample_log import PromptSamples, read_samples, samples_by_prompt
@@ -334,4 +335,5 @@ def require_readable(path: Path) -> None:
     """
     if not path.is_dir():
         what = "is a file, not a directory" if path.exists() else "no such directory"
-        raise ConfigError(what, place=str(path), fix="give the directory of a run or of a pipeline")
+        fix = near_run(path, pipelines=True) or "give the directory of a run or of a pipeline"
+        raise ConfigError(what, place=str(path), fix=fix)

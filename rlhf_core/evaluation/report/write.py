@@ -15,6 +15,7 @@ from rlhf_core.evaluation.report.run_sections import overview, run_sections
 from rlhf_core.evaluation.report.section_texts import UNCERTAINTY
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.files import replace_file, storage_errors
+from rlhf_core.infra.near_runs import near_run
 
 REPORT = "report.html"
 """Name of the page in the directory that it is about."""
@@ -96,7 +97,8 @@ def _is_pipeline(path: Path) -> bool:
     raise ConfigError(
         "is neither a run's nor a pipeline's directory",
         place=str(path),
-        fix="give the directory that a run or a pipeline was started with as `--output`",
+        fix=near_run(path, pipelines=True)
+        or "give the directory that a run or a pipeline was started with as `--output`",
     )
 
 
