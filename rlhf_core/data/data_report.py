@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_core.contracts.records import RECORDS
-from rlhf_core.data.encoder import EQUAL, RowOutcome
+from rlhf_core.data.encoder import EQUAL, EncodedRow, RowOutcome
 from rlhf_core.infra.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
 _CONTROL = "control tokens in text, encoded as text"
+_PER_ENTRY = ("rows", "kept", "tokens")
 _FIRST = 256
 """Kept rows of a stream after which the user is warned of a missing label or column."""
 _GIVE_BOTH = {
@@ -66,41 +67,32 @@ class DataReport:
                 something that the chat template doesn't render.
         """
         self.rows += 1
-        entry = None
+        self._count_read(outcome)
+        if strict and (error := _strict_error(outcome)) is not None:
+            raise error
+        self._count_notes(outcome)
+        if outcome.row is None:
+            _tally(self.dropped, str(outcome.refused), outcome.place)
+        else:
+            self._count_kept(outcome.row, outcome.entry)
+
+    def _count_read(self, outcome: RowOutcome) -> None:
+        """Count a row by how it was read, whether or not it is kept: its entry of `data`, its shape, columns that it lacks."""
         if outcome.entry is not None:
-            entry = self.entries.setdefault(outcome.entry, dict.fromkeys(("rows", "kept", "tokens"), 0))
-            entry["rows"] += 1
+            self._entry(outcome.entry)["rows"] += 1
         for column, fix, owner in outcome.absent:
             name = column if owner is None else f"{owner}: {column}"
             _tally(self.absent, name, outcome.place)
             self.absent[name] = {"column": column, "entry": owner, "fix": fix} | self.absent[name]
-        if strict and (outcome.refused or outcome.truncated):
-            raise DataError(
-                outcome.refused or "longer than max_length, and would be truncated",
-                place=outcome.place,
-                fix="repair the row, raise `max_length`, or unset `dataset.strict`",
-            )
-        if strict and outcome.unused:
-            raise DataError(
-                "has columns that aren't used",
-                place=outcome.place,
-                got=_named(outcome.unused),
-                fix="use it (`dataset.columns`), list it in `dataset.ignore_columns`, or unset `dataset.strict`",
-            )
         if outcome.read_as is not None:
             if outcome.read_as not in self.shapes:
                 self._log_shape(outcome.read_as)
             _tally(self.shapes, outcome.read_as, outcome.place)
+
+    def _count_notes(self, outcome: RowOutcome) -> None:
+        """Count a row under each warning on it."""
         if outcome.unused:
             _tally(self.notes, f"columns that aren't used: {_named(outcome.unused)}", outcome.place)
-        if strict and outcome.lost:
-            raise DataError(
-                outcome.lost[0],
-                place=outcome.place,
-                fix="set `dataset.chat_template` to a template that does, or unset `dataset.strict`",
-            )
-        if strict and outcome.set_aside:
-            raise DataError(outcome.set_aside[0], place=outcome.place, fix="repair the row, or unset `dataset.strict`")
         if outcome.truncated:
             _tally(self.notes, "truncated", outcome.place)
         for note in (*outcome.set_aside, *outcome.lost, *outcome.notes):
@@ -111,21 +103,25 @@ class DataReport:
             seen += [token for token in outcome.control_text if token not in seen][: _EXAMPLES - len(seen)]
         for column in outcome.left_out:
             _tally(self.notes, f"column `{column}` is not a JSON value and is left out", outcome.place)
-        if outcome.row is None:
-            _tally(self.dropped, str(outcome.refused), outcome.place)
-            return
-        row = outcome.row
+
+    def _count_kept(self, row: EncodedRow, entry: str | None) -> None:
+        """Count a row that is used, its tokens and its labels."""
         self.kept += 1
         if entry is not None:
-            entry.setdefault("first", row.index)
-            entry["kept"] += 1
-            entry["tokens"] += row.num_tokens
+            counts = self._entry(entry)
+            counts.setdefault("first", row.index)
+            counts["kept"] += 1
+            counts["tokens"] += row.num_tokens
         self.prompt_tokens += len(row.prompt_ids)
         self.response_tokens += sum(map(len, row.responses))
         self.loss_tokens += sum(map(sum, row.masks))
         for desirable in row.per_response.get("desirable", ()):
             label = "desirable" if desirable else "undesirable"
             self.labels[label] = self.labels.get(label, 0) + 1
+
+    def _entry(self, name: str) -> dict[str, int]:
+        """Return the counts of an entry of `data`: of its rows, those that are kept and their tokens, and its first kept row."""
+        return self.entries.setdefault(name, dict.fromkeys(_PER_ENTRY, 0))
 
     def merge(self, state: Mapping[str, Any]) -> None:
         """Add the counts of the rows that follow, of which another report has the `state_dict`."""
@@ -137,8 +133,8 @@ class DataReport:
                 setattr(self, name, mine + value)
             elif name == "entries":
                 for key, counts in value.items():
-                    entry = self.entries.setdefault(key, dict.fromkeys(("rows", "kept", "tokens"), 0))
-                    for count in ("rows", "kept", "tokens"):
+                    entry = self._entry(key)
+                    for count in _PER_ENTRY:
                         entry[count] += counts[count]
                     if "first" in counts:
                         entry.setdefault("first", counts["first"])
@@ -284,6 +280,24 @@ class DataReport:
         """Restore the counts of a `state_dict`."""
         for name in self.state_dict():
             setattr(self, name, _copied(state[name]))
+
+
+def _strict_error(outcome: RowOutcome) -> DataError | None:
+    """Return the error that a row is under `dataset.strict`, for what is else dropped or warned of; None where nothing is."""
+    got = None
+    if outcome.refused or outcome.truncated:
+        problem = outcome.refused or "longer than max_length, and would be truncated"
+        fix = "repair the row, raise `max_length`"
+    elif outcome.unused:
+        problem, got = "has columns that aren't used", _named(outcome.unused)
+        fix = "use it (`dataset.columns`), list it in `dataset.ignore_columns`"
+    elif outcome.lost:
+        problem, fix = outcome.lost[0], "set `dataset.chat_template` to a template that does"
+    elif outcome.set_aside:
+        problem, fix = outcome.set_aside[0], "repair the row"
+    else:
+        return None
+    return DataError(problem, place=outcome.place, got=got, fix=f"{fix}, or unset `dataset.strict`")
 
 
 def _tally(tallies: dict[str, dict[str, Any]], name: str, place: str) -> None:
