@@ -94,19 +94,4 @@ def _done(run: LmEvalRunConfig) -> TaskReport:
 
     check_model(run.model.path)
     policy = open_policy(run.model, precision=run.precision)
-    return run_lm_eval_tasks(
-        policy,
-        run.tasks,
-        include_path=run.include_path,
-        limit=run.limit,
-        num_fewshot=run.num_fewshot,
-        apply_chat_template=run.apply_chat_template,
-        system_instruction=run.system_instruction,
-        fewshot_as_multiturn=run.fewshot_as_multiturn,
-        generation=run.generation,
-        template_options=run.template_options,
-        bootstrap=run.bootstrap,
-        seed=run.seed,
-        fewshot_seed=run.fewshot_seed,
-        allow_code=run.allow_code,
-    )
+    return run_lm_eval_tasks(policy, run.tasks, include_path=run.include_path, config=run)

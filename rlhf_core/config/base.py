@@ -80,6 +80,22 @@ class BaseConfig(BaseModel, metaclass=_OneMessage):
             raise config_error(cls, error, place) from None
 
     @classmethod
+    def given(
+        cls: type[ConfigType], config: ConfigType | None, options: Mapping[str, Any], *, place: str
+    ) -> ConfigType:
+        """Return the configuration that a caller gave whole, as `config=…`, or else that of the options given by name.
+
+        Raises:
+            ConfigError: both are given; or as `parse`, for which `place` is.
+        """
+        if config is None:
+            return cls.parse(options, place=place)
+        if options:
+            fix = f"`config.updated({next(iter(options))}=…)`"
+            raise ConfigError("options are given beside a configuration", place=place, fix=fix)
+        return config
+
+    @classmethod
     def parse_sound(
         cls: type[ConfigType], values: Mapping[str, Any], *, place: Mapping[str, str] | str, instead: Mapping[str, Any]
     ) -> tuple[ConfigType | None, frozenset[str], list[RLHFError]]:

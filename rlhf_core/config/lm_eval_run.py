@@ -9,25 +9,13 @@ from pydantic import Field, field_validator
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.training import ModelConfig
 
+FEWSHOT_SEED = 1234
+"""lm-eval's own seed for choosing a prompt's examples, with which published numbers are made."""
 
-class LmEvalRunConfig(BaseConfig):
-    """Tasks of lm-eval, and the model that does them."""
 
-    tasks: list[str] = Field(
-        min_length=1,
-        description="Names of lm-eval's tasks, groups or tags, or task files (.yaml), separated by commas; more take longer.",
-    )
-    model: ModelConfig = Field(
-        description="The model: a directory, an adapter's or a run's directory, a GGUF file or a hub name."
-    )
-    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
-        "auto",
-        description="Precision of matrix products; `auto` takes on a GPU the 16 bits that the model was saved in, else float32.",
-    )
-    include_path: list[str] = Field(
-        default_factory=list,
-        description="Directories with further task files; they come before lm-eval's own of the same name.",
-    )
+class LmEvalConfig(BaseConfig):
+    """How tasks of lm-eval are run."""
+
     limit: int | None = Field(None, ge=1, description="Rows of each task; larger measures it better, null takes all.")
     num_fewshot: int | None = Field(
         None,
@@ -58,9 +46,29 @@ class LmEvalRunConfig(BaseConfig):
         " slower, 0 gives no standard errors.",
     )
     seed: int = Field(0, ge=0, description="Seed of sampled texts.")
-    fewshot_seed: int = Field(1234, ge=0, description="Seed of the choice of examples; lm-eval's own is 1234.")
+    fewshot_seed: int = Field(FEWSHOT_SEED, ge=0, description="Seed of the choice of examples; lm-eval's own is 1234.")
     allow_code: bool = Field(
         False, description="Run tasks that execute what the model writes, on this computer, which is no sandbox."
+    )
+
+
+class LmEvalRunConfig(LmEvalConfig):
+    """Tasks of lm-eval, and the model that does them."""
+
+    tasks: list[str] = Field(
+        min_length=1,
+        description="Names of lm-eval's tasks, groups or tags, or task files (.yaml), separated by commas; more take longer.",
+    )
+    model: ModelConfig = Field(
+        description="The model: a directory, an adapter's or a run's directory, a GGUF file or a hub name."
+    )
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of matrix products; `auto` takes on a GPU the 16 bits that the model was saved in, else float32.",
+    )
+    include_path: list[str] = Field(
+        default_factory=list,
+        description="Directories with further task files; they come before lm-eval's own of the same name.",
     )
     output: str | None = Field(
         None, min_length=1, description="Directory that gets lm_eval.json: every metric, and its value for each row."

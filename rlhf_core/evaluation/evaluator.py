@@ -91,10 +91,7 @@ class RLHFEvaluator:
         config: EvaluationConfig | None = None,
         **options: Any,
     ) -> None:
-        if config is not None and options:
-            fix = f"`config.updated({next(iter(options))}=…)`"
-            raise ConfigError("options are given beside a configuration", place="RLHFEvaluator", fix=fix)
-        self.config = EvaluationConfig.parse(options, place="RLHFEvaluator") if config is None else config
+        self.config = EvaluationConfig.given(config, options, place="RLHFEvaluator")
         if baseline is not None and baseline_column is not None:
             problem = "completions are compared either with a baseline or with a column"
             raise ConfigError(problem, place="RLHFEvaluator(baseline_column=…)", fix="leave one of them out")

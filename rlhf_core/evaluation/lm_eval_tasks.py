@@ -5,13 +5,14 @@ The package is needed where tasks are run (the extra `lm-eval`), and imported th
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from rlhf_core.config.lm_eval_run import FEWSHOT_SEED, LmEvalConfig
 from rlhf_core.evaluation.estimate import Estimate
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError, describe_error
@@ -27,9 +29,6 @@ from rlhf_core.infra.seeds import RandomState
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
-
-FEWSHOT_SEED = 1234
-"""lm-eval's own seed for choosing a prompt's examples, with which published numbers are made."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +107,8 @@ def run_lm_eval_tasks(
     tasks: Sequence[str],
     *,
     include_path: str | Path | Sequence[str | Path] | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    apply_chat_template: bool | str = False,
-    system_instruction: str | None = None,
-    fewshot_as_multiturn: bool = True,
-    generation: Mapping[str, Any] | None = None,
-    template_options: Mapping[str, Any] | None = None,
-    bootstrap: int = 100_000,
-    seed: int = 0,
-    fewshot_seed: int = FEWSHOT_SEED,
-    allow_code: bool = False,
+    config: LmEvalConfig | None = None,
+    **options: Any,
 ) -> TaskReport:
     """Return how well a policy does lm-eval's tasks, drawn and scored by an engine with the weights that it has.
 
@@ -129,109 +119,99 @@ def run_lm_eval_tasks(
     Args:
         tasks: names of tasks, groups or tags, or paths of task files (.yaml).
         include_path: directories with further task files, of which a name comes before lm-eval's own.
-        limit: rows of each task; None takes all.
-        num_fewshot: examples in each prompt; None takes the task's own number.
-        apply_chat_template: write prompts as chats; a text names one of several templates.
-        system_instruction: the system message, or the text in front of a prompt.
-        fewshot_as_multiturn: with a chat template, whether examples are turns of their own.
-        generation: options over those of the tasks that generate, such as `{"max_gen_toks": 512}`.
-        template_options: further variables of the chat template.
-        bootstrap: resamples for the standard error of a metric that has no formula for it; larger is more exact, and slower.
-        seed: of sampled texts.
-        fewshot_seed: chooses examples.
-        allow_code: run tasks that execute what the model writes. That is no sandbox.
+        config: the options; or give them by name, such as `limit=8, num_fewshot=5`.
 
     Raises:
-        ConfigError: lm-eval isn't installed, an unknown task (with the nearest names), no tasks, a limit below 1, generation
-            options that the engine doesn't know, or a task that runs code without `allow_code`.
+        ConfigError: lm-eval isn't installed, an unknown task or option (with the nearest names), an option out of its range, no
+            tasks, generation options that the engine doesn't know, or a task that runs code without `allow_code`.
         DataError: a task's data can't be had.
         ModelError: the model has no chat template, though one is asked for.
         NumbersError: logits aren't finite, or memory doesn't suffice.
     """
     require_lm_eval()
+    config = LmEvalConfig.given(config, options, place="run_lm_eval_tasks")
     if not tasks:
         raise ConfigError("no tasks are named", place="tasks", fix="name some, such as `gsm8k`")
-    if limit is not None and limit < 1:
-        raise ConfigError("must be at least 1", place="limit", got=str(limit))
-    if apply_chat_template and not policy.tokenizer.chat_template:
+    if config.apply_chat_template and not policy.tokenizer.chat_template:
         raise ModelError(
             "the model has no chat template", place=str(policy.source), fix="leave out `apply_chat_template`"
         )
-    from lm_eval import evaluate
-
-    from rlhf_core.evaluation.lm_eval_model import EngineLM
-
     manager = _task_manager(include_path)
     check_tasks(tasks, manager)
-    model = EngineLM(Engine(policy, seed=seed), template_options=template_options)
-    began, before = time.monotonic(), RandomState.capture()
+    began = time.monotonic()
+    with _seeded_as_lm_eval():
+        found = _evaluated(policy, _loaded(manager, tasks, config), config)
+    return TaskReport(_scores(found), _recorded(policy, config), time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _seeded_as_lm_eval() -> Iterator[None]:
+    """Seed the global generators as lm-eval's command line does, for tasks that draw from them; afterwards they are as before."""
+    before = RandomState.capture()
     try:
-        _seed_as_lm_eval()
-        loaded = _loaded(manager, tasks)
-        for name, task in loaded["tasks"].items():
-            if getattr(task, "UNSAFE_CODE", False) and not allow_code:
-                problem = f"the task `{name}` runs code that the model writes"
-                raise ConfigError(problem, place="tasks", fix="set `allow_code` where that is safe")
-            _set_up(task, num_fewshot=num_fewshot, fewshot_seed=fewshot_seed, generation=generation)
-        found = evaluate(
-            model,
-            loaded,
-            limit=limit,
-            bootstrap_iters=bootstrap,
-            system_instruction=system_instruction,
-            apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=fewshot_as_multiturn,
-            confirm_run_unsafe_code=allow_code,
-        )
+        random.seed(0)
+        np.random.seed(FEWSHOT_SEED)
+        torch.manual_seed(FEWSHOT_SEED)
+        yield
     finally:
         before.restore()
-    options = {
-        "lm_eval": importlib.metadata.version("lm-eval"),
-        "model": str(policy.source),
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "apply_chat_template": apply_chat_template,
-        "system_instruction": system_instruction,
-        "fewshot_as_multiturn": fewshot_as_multiturn,
-        "generation": dict(generation or {}),
-        "template_options": dict(template_options or {}),
-        "bootstrap": bootstrap,
-        "seed": seed,
-        "fewshot_seed": fewshot_seed,
-    }
-    return TaskReport(_scores(found), options, time.monotonic() - began)
 
 
-def _seed_as_lm_eval() -> None:
-    """Seed the global generators as lm-eval's command line does, for tasks that draw from them."""
-    random.seed(0)
-    np.random.seed(FEWSHOT_SEED)
-    torch.manual_seed(FEWSHOT_SEED)
-
-
-def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
-    """Return tasks with their data, as `lm_eval.evaluate` takes them.
+def _loaded(manager: Any, tasks: Sequence[str], config: LmEvalConfig) -> Any:
+    """Return tasks with their data and the options applied, as `lm_eval.evaluate` takes them.
 
     Raises:
         DataError: a task's data can't be had.
+        ConfigError: a task runs code, and that isn't allowed.
     """
     try:
-        return manager.load(list(tasks))
+        loaded = manager.load(list(tasks))
     except Exception as error:  # whatever datasets, the hub or a task's own code raise
         fix = "see that its data can be downloaded, or is where the task file says"
         raise DataError(
             "lm-eval can't load a task", place=", ".join(tasks), got=describe_error(error, lines=1), fix=fix
         ) from error
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not config.allow_code:
+            problem = f"the task `{name}` runs code that the model writes"
+            raise ConfigError(problem, place="tasks", fix="set `allow_code` where that is safe")
+        _set_up(task, config)
+    return loaded
 
 
-def _set_up(task: Any, *, num_fewshot: int | None, fewshot_seed: int, generation: Mapping[str, Any] | None) -> None:
+def _set_up(task: Any, config: LmEvalConfig) -> None:
     """Apply options to a task as lm-eval's command line does: one that has 0 examples by itself keeps to that."""
-    if generation and task.get_config("output_type") == "generate_until":
-        task.set_config(key="generation_kwargs", value=dict(generation), update=True)
+    if config.generation and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=dict(config.generation), update=True)
     own = task.get_config("num_fewshot")
-    if own is None or (own != 0 and num_fewshot is not None):
-        task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    task.set_fewshot_seed(seed=fewshot_seed)
+    if own is None or (own != 0 and config.num_fewshot is not None):
+        task.set_config(key="num_fewshot", value=config.num_fewshot or 0)
+    task.set_fewshot_seed(seed=config.fewshot_seed)
+
+
+def _evaluated(policy: PolicyModel, loaded: Any, config: LmEvalConfig) -> Mapping[str, Any]:
+    """Return what lm-eval finds about a policy on loaded tasks."""
+    from lm_eval import evaluate
+
+    from rlhf_core.evaluation.lm_eval_model import EngineLM
+
+    found: Mapping[str, Any] = evaluate(
+        EngineLM(Engine(policy, seed=config.seed), template_options=config.template_options),
+        loaded,
+        limit=config.limit,
+        bootstrap_iters=config.bootstrap,
+        system_instruction=config.system_instruction,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
+        confirm_run_unsafe_code=config.allow_code,
+    )
+    return found
+
+
+def _recorded(policy: PolicyModel, config: LmEvalConfig) -> dict[str, Any]:
+    """Return what the report records of how the tasks were run: whatever numbers may depend on."""
+    options = config.model_dump(include={*LmEvalConfig.model_fields} - {"allow_code"})
+    return {"lm_eval": importlib.metadata.version("lm-eval"), "model": str(policy.source), **options}
 
 
 def require_lm_eval() -> None:

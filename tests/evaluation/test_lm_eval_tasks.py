@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_core.config.lm_eval_run import LmEvalConfig
 from rlhf_core.evaluation.lm_eval_tasks import TaskReport, check_tasks, run_lm_eval_tasks
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
@@ -230,6 +231,13 @@ def test_sampled_texts_follow_the_seed(policy: PolicyModel, folder: Path) -> Non
     assert drawn(0) == drawn(0) != drawn(1)
 
 
+def test_options_are_given_by_name_or_whole(policy: PolicyModel, folder: Path) -> None:
+    by_name = run_lm_eval_tasks(policy, ["local_choice"], include_path=folder, limit=3, num_fewshot=1)
+    whole = run_lm_eval_tasks(policy, ["local_choice"], config=LmEvalConfig(limit=3, num_fewshot=1))
+    assert whole.options == by_name.options
+    assert whole.metrics == by_name.metrics
+
+
 def test_a_report_is_written_and_shown(policy: PolicyModel, folder: Path, tmp_path: Path) -> None:
     before = random.getstate(), torch.get_rng_state()
     report = run_lm_eval_tasks(policy, ["local_choice", "local_written"], include_path=folder, limit=5)
@@ -249,7 +257,9 @@ def test_a_report_is_written_and_shown(policy: PolicyModel, folder: Path, tmp_pa
     [
         ({"tasks": ["local_chioce"]}, "did you mean `local_choice`"),
         ({"tasks": []}, "no tasks are named"),
-        ({"tasks": ["local_choice"], "limit": 0}, "at least 1"),
+        ({"tasks": ["local_choice"], "limit": 0}, "`limit`: must be greater than or equal to 1"),
+        ({"tasks": ["local_choice"], "num_few_shot": 3}, "did you mean `num_fewshot`"),
+        ({"tasks": ["local_choice"], "config": LmEvalConfig()}, "options are given beside a configuration"),
         ({"tasks": ["local_written"], "generation": {"num_beams": 4}}, "`num_beams`"),
         ({"tasks": ["local_written"], "generation": {"max_gen_toks": 4000}}, "more new tokens"),
         ({"tasks": ["local_written"], "generation": {"do_sample": True, "top_p": 2}}, "top_p"),
