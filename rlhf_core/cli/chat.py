@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS
+from rlhf_core.cli.model_options import ModelArgument, PrecisionOption, TrustRemoteCodeOption
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError, did_you_mean
 
@@ -24,13 +25,6 @@ OWN_DEFAULTS = {"max_new_tokens": 1024, "temperature": 0.7}
 _OF_MODELS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Options that a model's generation_config.json may set."""
 
-_Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A directory, an adapter's directory, a run's directory, a GGUF file or a hub name.",
-    ),
-]
 _Beside = Annotated[
     str | None, typer.Option("--beside", metavar="MODEL", help="A second model, which answers every message, too.")
 ]
@@ -55,14 +49,6 @@ _Seed = Annotated[
     int | None,
     typer.Option("--seed", min=0, help="Seed that makes answers repeatable; by default another each time."),
 ]
-_Precision = Annotated[
-    str,
-    typer.Option(
-        "--precision",
-        metavar="auto|float32|bf16|fp16",
-        help="Precision of matrix products; auto takes on a GPU the 16 bits that the model was saved in, else float32.",
-    ),
-]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -71,7 +57,7 @@ def add_to(app: typer.Typer) -> None:
 
 def chat(
     context: typer.Context,
-    model: _Model,
+    model: ModelArgument,
     beside: _Beside = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")] = None,
     template: _Template = None,
@@ -80,10 +66,8 @@ def chat(
     no_history: Annotated[bool, typer.Option("--no-history", help="Write the chat to no file.")] = False,
     resume: _Resume = False,
     seed: _Seed = None,
-    precision: _Precision = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
-    ] = False,
+    precision: PrecisionOption = "auto",
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Chat with a model: `rlhf chat runs/sft/model`, `rlhf chat A --beside B`, `echo "Who are you?" | rlhf chat MODEL`.
 

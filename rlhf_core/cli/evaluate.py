@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     from rlhf_core.evaluation.evaluator import RLHFEvaluator
     from rlhf_core.models import PolicyModel
 
+_Compare = Annotated[
+    Path | None,
+    typer.Option(
+        "--compare",
+        metavar="DIR",
+        help="An earlier evaluation of the same prompts: print the differences to it, prompt by prompt.",
+    ),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration; load and write nothing.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the estimates as JSON.")]
+
 
 def add_to(app: typer.Typer) -> None:
     app.command(context_settings=METHOD_OPTIONS)(evaluate)
@@ -32,20 +43,11 @@ def add_to(app: typer.Typer) -> None:
 
 def evaluate(
     context: typer.Context,
-    compare: Annotated[
-        Path | None,
-        typer.Option(
-            "--compare",
-            metavar="DIR",
-            help="An earlier evaluation of the same prompts: print the differences to it, prompt by prompt.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration; load and write nothing.")
-    ] = False,
+    compare: _Compare = None,
+    dry_run: _DryRun = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the estimates as JSON.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Evaluate a model: `rlhf evaluate --model M --prompts rows.jsonl --validator numeric_answer --n 8 --output DIR`.
 
@@ -72,9 +74,7 @@ def evaluate(
     no_bars_in_logs()
     refuse_file_of_another(file, "evaluate", checked=dry_run)
     if names_tasks(file, flags):
-        for given, option in ((compare is not None, "--compare"), (resume, "--resume")):
-            if given:
-                raise ConfigError("isn't for tasks of lm-eval", place=option, fix="leave it out")
+        _refuse_for_tasks({"--compare": compare is not None, "--resume": resume})
         return evaluate_tasks(load_task_run(file, flags), dry_run=dry_run, overwrite=overwrite, as_json=as_json)
     with quick_imports():
         from rlhf_core.evaluation.evaluation_job import load_evaluation_run
@@ -106,6 +106,13 @@ def _file_and_flags(tokens: Sequence[str]) -> tuple[str | None, list[str]]:
         fix = "`rlhf evaluate --model M --prompts FILE`, or a .yaml file first"
         raise ConfigError("isn't an option, nor a YAML file", place="command line", got=f"`{tokens[0]}`", fix=fix)
     return tokens[0], list(tokens[1:])
+
+
+def _refuse_for_tasks(given: Mapping[str, bool]) -> None:
+    """Refuse options of evaluations on prompts where tasks of lm-eval are done."""
+    for option, is_given in given.items():
+        if is_given:
+            raise ConfigError("isn't for tasks of lm-eval", place=option, fix="leave it out")
 
 
 def _opened(run: EvaluationRunConfig, rows: Sequence[PromptRow]) -> RLHFEvaluator:

@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS
+from rlhf_core.cli.model_options import ModelArgument, PrecisionOption, TrustRemoteCodeOption
 from rlhf_core.cli.printing import print_json_line, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import ModelConfig
-    from rlhf_core.contracts.sampler import Sampler
     from rlhf_core.generation.sampling_job import SamplingJob
+    from rlhf_core.serving.server import PolicyServer, ServerOptions
 
 TOKEN_VARIABLE = "RLHF_SERVE_TOKEN"
 
-_Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A directory, an adapter's directory, a run's directory, a GGUF file or a hub name.",
-    ),
+_Name = Annotated[
+    str | None, typer.Option("--name", help="The model's name in requests; by default the last part of its path.")
+]
+_Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+_Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any that is free.")]
+_TokenFile = Annotated[
+    Path | None, typer.Option("--token-file", metavar="FILE", help="File with the token that requests bear.")
 ]
 _AllowedHost = Annotated[
     list[str] | None,
@@ -51,14 +53,18 @@ _MaxRows = Annotated[
         help="Most completions that are drawn at once; larger is faster in all, slower for each, and needs more memory.",
     ),
 ]
-_Precision = Annotated[
-    str,
+_Grace = Annotated[
+    float, typer.Option("--grace", min=0, help="Seconds that running requests have to end after a signal.")
+]
+_Sampler = Annotated[
+    str | None,
     typer.Option(
-        "--precision",
-        metavar="auto|float32|bf16|fp16",
-        help="Precision of matrix products; auto takes on a GPU the 16 bits that the model was saved in, else float32.",
+        "--sampler",
+        metavar="NAME",
+        help="Sampler that answers, whole answers alone; then its options and the models of its roles.",
     ),
 ]
+_Json = Annotated[bool, typer.Option("--json", help="Print address, name and token as one line of JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -67,34 +73,19 @@ def add_to(app: typer.Typer) -> None:
 
 def serve(
     context: typer.Context,
-    model: _Model,
-    name: Annotated[
-        str | None, typer.Option("--name", help="The model's name in requests; by default the last part of its path.")
-    ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any that is free.")] = 8000,
-    token_file: Annotated[
-        Path | None, typer.Option("--token-file", metavar="FILE", help="File with the token that requests bear.")
-    ] = None,
+    model: ModelArgument,
+    name: _Name = None,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
+    token_file: _TokenFile = None,
     allowed_host: _AllowedHost = None,
     max_waiting: _MaxWaiting = 256,
     max_rows: _MaxRows = None,
-    grace: Annotated[
-        float, typer.Option("--grace", min=0, help="Seconds that running requests have to end after a signal.")
-    ] = 30.0,
-    precision: _Precision = "auto",
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            "--sampler",
-            metavar="NAME",
-            help="Sampler that answers, whole answers alone; then its options and the models of its roles.",
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print address, name and token as one line of JSON.")] = False,
+    grace: _Grace = 30.0,
+    precision: PrecisionOption = "auto",
+    sampler: _Sampler = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    as_json: _Json = False,
 ) -> None:
     """Serve a model to OpenAI's clients: `rlhf serve runs/sft`, then `OpenAI(base_url=ADDRESS, api_key=TOKEN)`.
 
@@ -112,11 +103,9 @@ def serve(
     """
     no_bars_in_logs()
     with quick_imports():
-        from rlhf_core.cli.model_argument import check_model, open_policy
         from rlhf_core.config.training import ModelConfig
-        from rlhf_core.generation.engine import Engine
         from rlhf_core.registry.plugin_logs import setup_logging
-        from rlhf_core.serving.server import PolicyServer, ServerOptions, require_serving
+        from rlhf_core.serving.server import ServerOptions, require_serving
 
         setup_logging()
     require_serving()
@@ -134,18 +123,10 @@ def serve(
         grace=grace,
     )
     if job is None:
-        check_model(model)
-        policy = open_policy(source, precision=precision)
-        server = PolicyServer(policy, options, engine=Engine(policy, most_rows=max_rows))
+        server = _policy_server(source, options, precision=precision, max_rows=max_rows)
     else:
-        made = _made(job)
-        server = PolicyServer(made.policy, options, sampler=made)
-    if as_json:
-        print_json_line({"url": server.url, "model": server.name, "token": server.token})
-    else:
-        print_text(f"model: {server.name}")
-        print_text(f"address: {server.url}")
-        print_text(f"token: {server.token}")
+        server = _sampler_server(job, options)
+    _print_address(server, as_json=as_json)
     server.run()
 
 
@@ -177,16 +158,38 @@ def _sampling_job(name: str | None, model: ModelConfig, precision: str, flags: l
     return job
 
 
-def _made(job: SamplingJob) -> Sampler:
-    """Return the sampler with its models loaded."""
+def _policy_server(model: ModelConfig, options: ServerOptions, *, precision: str, max_rows: int | None) -> PolicyServer:
+    """Return a server that draws all requests with the model in one running batch."""
     from rlhf_core.cli.model_argument import check_model, open_policy
+    from rlhf_core.generation.engine import Engine
+    from rlhf_core.serving.server import PolicyServer
+
+    check_model(model.path)
+    policy = open_policy(model, precision=precision)
+    return PolicyServer(policy, options, engine=Engine(policy, most_rows=max_rows))
+
+
+def _sampler_server(job: SamplingJob, options: ServerOptions) -> PolicyServer:
+    """Return a server whose requests a sampler answers, with its models loaded."""
+    from rlhf_core.cli.model_argument import check_model, open_policy
+    from rlhf_core.serving.server import PolicyServer
 
     rewards = job.rewards()
     for model in (model for models in job.policies().values() for model in models):
         check_model(model.path)
-    return job.sampler(
-        job.options, **job.loaded_with(lambda model: open_policy(model, precision=job.run.precision)), **rewards
-    )
+    models = job.loaded_with(lambda model: open_policy(model, precision=job.run.precision))
+    sampler = job.sampler(job.options, **models, **rewards)
+    return PolicyServer(sampler.policy, options, sampler=sampler)
+
+
+def _print_address(server: PolicyServer, *, as_json: bool) -> None:
+    """Print where a server is reached, under which name, and with which token."""
+    if as_json:
+        return print_json_line({"url": server.url, "model": server.name, "token": server.token})
+    print_text(f"model: {server.name}")
+    print_text(f"address: {server.url}")
+    print_text(f"token: {server.token}")
+    return None
 
 
 def _token(file: Path | None) -> str | None:

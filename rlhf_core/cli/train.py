@@ -77,45 +77,63 @@ def train(
     --resume with more --max_steps or --epochs makes a run longer, a finished one too; `rlhf train RUN_DIR --resume --max_steps
     2000` needs no other options.
     """
+    if resume and overwrite:
+        raise ConfigError("a run is either continued or replaced", place="--resume and --overwrite", fix="choose one")
     target, flags = _of_run(target, context.args, resume=resume)
     no_bars_in_logs()
-    if dry_run and not (resume and overwrite):
+    if dry_run:
         _refuse_flag(target)
         refuse_file_of_another(target, "train", checked=True)
         return _describe(target, flags, resume=resume, overwrite=overwrite)
     with quick_imports():
         job = _job(target, flags)
-    if resume and overwrite:
-        raise ConfigError("a run is either continued or replaced", place="--resume and --overwrite", fix="choose one")
-    if resume and "output" not in job.places:
-        raise _nothing_to_resume()
+    if resume:
+        _require_output(job)
     from rlhf_core.registry.plugin_logs import setup_logging
+
+    setup_logging(rank=_rank())
+    if _rank() == 0:
+        _warn_of_broken()
+    allowed = [name.strip() for names in allow_change or [] for name in names.split(",") if name.strip()]
+    result = _run(job, resume=resume, overwrite=overwrite, allow_change=allowed)
+    if _rank() == 0:
+        _report(result, as_json=as_json)
+        _refuse_unpushed(result, job)
+    return None
+
+
+def _rank() -> int:
+    """Return this process's number among those of the run; the first one prints for all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _run(job: TrainingJob, *, resume: bool, overwrite: bool, allow_change: list[str]) -> TrainResult:
+    """Do a run to its end.
+
+    Raises:
+        Interrupted: by Ctrl-C, with what the run has saved.
+    """
     from rlhf_core.training.run import run
 
-    rank = int(os.environ.get("RANK", "0"))
-    setup_logging(rank=rank)
-    if rank == 0:
-        _warn_of_broken()
     trainer = job.trainer(command=shlex.join(["rlhf", *sys.argv[1:]]))
-    allowed = [name.strip() for names in allow_change or [] for name in names.split(",") if name.strip()]
     try:
-        result = run(trainer, resume=resume, overwrite=overwrite, allow_change=allowed)
+        return run(trainer, resume=resume, overwrite=overwrite, allow_change=allow_change)
     except KeyboardInterrupt as error:
         # typer would exit without the notes, which say what the run has saved.
         interrupted = Interrupted("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", [])]))
-        interrupted.silent = rank > 0
+        interrupted.silent = _rank() > 0
         raise interrupted from error
-    if rank == 0:
-        _report(result, as_json=as_json)
-        if result.push_error is not None:
-            # The run is whole, and recorded as done; but not all that was asked for was done.
-            raise StorageError(
-                "the run is done and its model saved, and wasn't pushed",
-                place="push_to_hub",
-                got=result.push_error,
-                fix=f"`rlhf push {result.output} {job.options.push_to_hub.repo}`",  # type: ignore[union-attr]
-            )
-    return None
+
+
+def _refuse_unpushed(result: TrainResult, job: TrainingJob) -> None:
+    """Raise where the model wasn't pushed: the run is whole, and recorded as done, but not all that was asked for was done."""
+    if result.push_error is not None:
+        raise StorageError(
+            "the run is done and its model saved, and wasn't pushed",
+            place="push_to_hub",
+            got=result.push_error,
+            fix=f"`rlhf push {result.output} {job.options.push_to_hub.repo}`",  # type: ignore[union-attr]
+        )
 
 
 def _of_run(target: str, flags: list[str], *, resume: bool) -> tuple[str, list[str]]:
@@ -220,8 +238,8 @@ def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -
     from rlhf_core.data.open_source import data_entries
 
     job, taken = _forecast(target, flags, resume=resume, overwrite=overwrite)
-    if resume and "output" not in job.places:
-        raise _nothing_to_resume()
+    if resume:
+        _require_output(job)
     lines = [
         f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip(),
         f"model: {_place(job.run.model)}",
@@ -239,8 +257,10 @@ def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -
     print(job.to_yaml(), end="")
 
 
-def _nothing_to_resume() -> ConfigError:
-    return ConfigError("no run to continue is named", place="--resume", fix="give `--output DIR`")
+def _require_output(job: TrainingJob) -> None:
+    """Raise where the run to continue isn't named."""
+    if "output" not in job.places:
+        raise ConfigError("no run to continue is named", place="--resume", fix="give `--output DIR`")
 
 
 def _forecast(
