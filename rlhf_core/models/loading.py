@@ -5,12 +5,13 @@ Weights come from safetensors (or GGUF) only, never from pickles, and a reposito
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -102,55 +103,106 @@ def load_model(
         ModelError: the model doesn't exist, is damaged or incomplete, has only pickled weights, needs its own code, holds NaN,
             or has another vocabulary than its tokenizer.
     """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    # Each of a dozen attempts to reach the hub would be a line; our error gives the last one's reason.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    _silence_downloads()
     source = str(source)
-    where, options = locate(source)
-    base, adapters = adapter_chain(where, local_adapter)
-    if adapters:
-        base, options = _locate_base(base, adapters[0])
-    options |= {"trust_remote_code": trust_remote_code}
-    folds = len(adapters) > 1 or bool(adapters and adapter == "fold")
-    keeps_narrow = frozen_dtype != torch.float32 and not folds and (frozen or lora is not None or bool(adapters))
-    try:
-        for adapter_files in adapters:
-            check_whole(adapter_files)
-        if "gguf_file" not in options:
-            check_files(base)
-        tokenizer = _load_tokenizer([*adapters[::-1], base], options)
-        labels = labels_of(adapters[-1]) if adapters and kind == "classifier" else None
-        dtypes = _checkpoint_dtypes(base, options)
-        dtype = dtypes.lossless if keeps_narrow else torch.float32
+    files = _ModelFiles.find(source, trust_remote_code=trust_remote_code)
+    folds = len(files.adapters) > 1 or bool(files.adapters and adapter == "fold")
+    keeps_narrow = frozen_dtype != torch.float32 and not folds and (frozen or lora is not None or bool(files.adapters))
+    with _load_errors(source):
+        files.check()
+        tokenizer, dtypes = files.tokenizer(), files.dtypes()
         model, missing = _load_base(
-            base, options, kind=kind, dtype=dtype, labels=labels, quantisation=quantisation(lora)
+            files, kind=kind, dtype=dtypes.lossless if keeps_narrow else torch.float32, quantisation=quantisation(lora)
         )
-        check_weights(model, missing, source, base=base, headless=headless)
-        if "gguf_file" in options:
+        check_weights(model, missing, source, base=files.base, headless=headless)
+        if files.is_gguf:
             tokenizer = _of_file(tokenizer, model)
-        loaded = Loaded(model, tokenizer, dtypes, None if "gguf_file" in options else _absolute(base))
-        if adapters:
-            _put_adapters(loaded, adapters, base, use=adapter, lora=lora, classifier=kind == "classifier")
-    except RLHFError:
-        raise
-    except Exception as error:
-        raise _load_error(source, error) from error
+        loaded = Loaded(model, tokenizer, dtypes, None if files.is_gguf else _absolute(files.base))
+        if files.adapters:
+            _put_adapters(loaded, files, use=adapter, lora=lora, classifier=kind == "classifier")
     check_finite(loaded.model, source)
     check_tokenizer(loaded.model, tokenizer, source)
     return loaded
 
 
+def _silence_downloads() -> None:
+    """Show no progress bars of transformers, and no line for each of a dozen attempts to reach the hub: our error says why."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class _ModelFiles:
+    """Where the files of a model are: those of a plain checkpoint, and those of the adapters on it."""
+
+    base: str
+    """Directory or hub name of the plain checkpoint."""
+    adapters: list[str]
+    """Directories of the adapters, the innermost first."""
+    options: dict[str, Any]
+    """Further arguments of `from_pretrained` for the checkpoint, such as `gguf_file`."""
+
+    @classmethod
+    def find(cls, source: str, *, trust_remote_code: bool = False) -> _ModelFiles:
+        """Return where the files of the model are that a user names.
+
+        Raises:
+            ModelError: there is no such model; of a base, with the adapter's name.
+        """
+        where, options = locate(source)
+        base, adapters = adapter_chain(where, local_adapter)
+        if adapters:
+            try:
+                base, options = locate(base)
+            except ModelError as error:
+                fix = "set `base_model_name_or_path` in adapter_config.json to where the base is now"
+                raise lost_base(adapters[0], base, error, fix=fix) from error
+        return cls(base, adapters, options | {"trust_remote_code": trust_remote_code})
+
+    @property
+    def is_gguf(self) -> bool:
+        return "gguf_file" in self.options
+
+    def check(self) -> None:
+        """Raise `ModelError` where a file is missing or damaged, or weights are pickled."""
+        for adapter in self.adapters:
+            check_whole(adapter)
+        if not self.is_gguf:
+            check_files(self.base)
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer: that of the outermost adapter that has one, else the base's."""
+        from transformers import AutoTokenizer
+
+        last: Exception | None = None
+        for place in dict.fromkeys([*self.adapters[::-1], self.base]):
+            try:
+                return AutoTokenizer.from_pretrained(place, **self.options)
+            except (OSError, ValueError) as error:
+                last = error
+        assert last is not None
+        raise last
+
+    def dtypes(self) -> SavedDtypes:
+        """Return the dtypes of the base's tensors, from its files, or on the hub from its configuration; float32 for GGUF."""
+        from transformers import AutoConfig
+
+        if self.is_gguf:
+            return SavedDtypes()
+        if Path(self.base).is_dir():
+            return SavedDtypes.on_disk(Path(self.base)) or SavedDtypes()
+        dtype = getattr(AutoConfig.from_pretrained(self.base, **self.options), "dtype", None)
+        return SavedDtypes(dtype) if isinstance(dtype, torch.dtype) else SavedDtypes()
+
+
 def _load_base(
-    base: str, options: dict[str, Any], *, kind: ModelClass, dtype: torch.dtype, labels: int | None, quantisation: Any
+    files: _ModelFiles, *, kind: ModelClass, dtype: torch.dtype, quantisation: Any
 ) -> tuple[nn.Module, set[str]]:
-    """Load a transformers model without adapters.
+    """Load a transformers model without its adapters.
 
     Args:
-        base: a directory or hub name.
-        options: further arguments of `from_pretrained`.
-        labels: labels of a classification head that an adapter brings; None for the checkpoint's.
         quantisation: transformers' quantisation config, or None.
 
     Returns:
@@ -158,21 +210,23 @@ def _load_base(
     """
     import transformers
 
+    # A classification head that an adapter brings, else the checkpoint's.
+    labels = labels_of(files.adapters[-1]) if files.adapters and kind == "classifier" else None
     load = functools.partial(
         getattr(transformers, _CLASSES[kind]).from_pretrained,
-        base,
+        files.base,
         output_loading_info=True,
-        **({} if "gguf_file" in options else {"use_safetensors": True}),
+        **({} if files.is_gguf else {"use_safetensors": True}),
         **({"quantization_config": quantisation} if quantisation else {}),
         **({"num_labels": labels} if labels else {}),
-        **options,
+        **files.options,
     )
     model, info = load(dtype=dtype)
     if has_narrow_constants(model):
         # Gemma's scale of embeddings, for one, would be rounded.
         del model
         model, info = load(dtype=torch.float32)
-    if "gguf_file" in options:
+    if files.is_gguf:
         _forget_gguf(model)
     return model, {name for name in info["missing_keys"] if not (labels and name.startswith("score."))}
 
@@ -204,13 +258,12 @@ def quantisation(lora: LoraConfig | None) -> Any | None:
 
 
 def _put_adapters(
-    loaded: Loaded, adapters: list[str], base: str, *, use: AdapterUse, lora: LoraConfig | None, classifier: bool
+    loaded: Loaded, files: _ModelFiles, *, use: AdapterUse, lora: LoraConfig | None, classifier: bool
 ) -> None:
     """Put adapters on a loaded base, the innermost first, in place; fold all but one that is to be trained.
 
     Args:
-        adapters: their directories, the innermost first.
-        base: where the base was loaded from.
+        files: where the base was loaded from, and the adapters are.
         use: what happens to the outermost.
         lora: options whose targets must be those of the adapter that is to be trained; None wants nothing.
         classifier: whether the model scores sequences.
@@ -218,8 +271,9 @@ def _put_adapters(
     Raises:
         ConfigError: the adapter that is to be trained has other targets.
     """
-    for depth, adapter in enumerate(adapters):
-        outermost = depth == len(adapters) - 1
+    base = files.base
+    for adapter in files.adapters:
+        outermost = adapter == files.adapters[-1]
         loaded.embeddings_resized |= fit_vocabulary(loaded.model, adapter, len(loaded.tokenizer) if outermost else 0)
         trained = use == "continue" and outermost
         wanted = wanted_targets(loaded.model, lora) if trained and lora is not None else None
@@ -379,18 +433,10 @@ def read_outline(
     from transformers import AutoConfig
 
     source = str(source)
-    where, options = locate(source)
-    base, adapters = adapter_chain(where, local_adapter)
-    if adapters:
-        base, options = _locate_base(base, adapters[0])
-    options |= {"trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = _load_tokenizer([*adapters[::-1], base], options)
-        config = AutoConfig.from_pretrained(base, **options)
-    except RLHFError:
-        raise
-    except Exception as error:
-        raise _load_error(source, error) from error
+    files = _ModelFiles.find(source, trust_remote_code=trust_remote_code)
+    with _load_errors(source):
+        tokenizer = files.tokenizer()
+        config = AutoConfig.from_pretrained(files.base, **files.options)
     if tokenizer.eos_token_id is not None:
         _set_padding(tokenizer)
     if new_tokens:
@@ -440,57 +486,15 @@ def saved_dtype(source: str | Path) -> torch.dtype:
     Raises:
         ModelError: there is no such model.
     """
-    where, options = locate(str(source))
-    base, adapters = adapter_chain(where, local_adapter)
-    if adapters:
-        base, options = _locate_base(base, adapters[0])
+    files = _ModelFiles.find(str(source))
     try:
-        return _checkpoint_dtypes(base, options).main
+        return files.dtypes().main
     except (OSError, ValueError):  # loading it says what is wrong
         return torch.float32
 
 
-def _checkpoint_dtypes(base: str, options: dict[str, Any]) -> SavedDtypes:
-    """Return the dtypes of a checkpoint's tensors, from its files, or on the hub from its configuration; float32 for GGUF."""
-    from transformers import AutoConfig
-
-    if "gguf_file" in options:
-        return SavedDtypes()
-    if Path(base).is_dir():
-        return SavedDtypes.on_disk(Path(base)) or SavedDtypes()
-    dtype = getattr(AutoConfig.from_pretrained(base, **options), "dtype", None)
-    return SavedDtypes(dtype) if isinstance(dtype, torch.dtype) else SavedDtypes()
-
-
-def _locate_base(base: str, adapter: str) -> tuple[str, dict[str, Any]]:
-    """Return where an adapter's base is and the options that loading it needs; see `locate`.
-
-    Raises:
-        ModelError: there is no such model, with the adapter's name.
-    """
-    try:
-        return locate(base)
-    except ModelError as error:
-        fix = "set `base_model_name_or_path` in adapter_config.json to where the base is now"
-        raise lost_base(adapter, base, error, fix=fix) from error
-
-
 def _absolute(where: str) -> str:
     return str(Path(where).resolve()) if Path(where).is_dir() else where
-
-
-def _load_tokenizer(places: list[str], options: dict[str, Any]) -> Any:
-    """Return the tokenizer of the first of some directories or hub names that has one: an adapter's before the base's."""
-    from transformers import AutoTokenizer
-
-    last: Exception | None = None
-    for place in dict.fromkeys(places):
-        try:
-            return AutoTokenizer.from_pretrained(place, **options)
-        except (OSError, ValueError) as error:
-            last = error
-    assert last is not None
-    raise last
 
 
 def _of_file(tokenizer: Any, model: Any) -> Any:
@@ -525,6 +529,17 @@ def _forget_gguf(model: Any) -> None:
     for name in ("is_quantized", "quantization_method"):
         if hasattr(model, name):
             setattr(model, name, False if name == "is_quantized" else None)
+
+
+@contextlib.contextmanager
+def _load_errors(source: str) -> Iterator[None]:
+    """Raise whatever transformers raises inside as a `ModelError` of this model."""
+    try:
+        yield
+    except RLHFError:
+        raise
+    except Exception as error:
+        raise _load_error(source, error) from error
 
 
 def _load_error(source: str, error: Exception) -> ModelError:
