@@ -210,24 +210,15 @@ class Engine:
         n = whole_count(n)
         if seeds is None:
             seeds = self._next_seeds(batch, n)
-        _check_one_each(seeds, "seeds", batch.num_prompts, n)
-        check_seeds([seed for each in seeds for seed in each], "generate(seeds=…)")
-        if limits is not None:
-            _check_one_each(limits, "limits", batch.num_prompts, n)
-        if limits is not None and (low := min((limit for each in limits for limit in each), default=1)) < 1:
-            raise ConfigError("a completion has at least one token", place="generate(limits=…)", got=str(low))
+        _check_seeds_and_limits(seeds, limits, batch.num_prompts, n)
         if min_confidences is not None:
             _check_confidences(min_confidences, batch.num_prompts, sampling)
         self._check(sampling)
-        if (self.drafts is not None or sampling.draft is not None) and reads_soft_tokens(self.policy.network):
-            fix = "leave it out, or compress prompts without a compressor"
-            raise ConfigError("a policy that reads soft tokens takes no draft", place="draft", fix=fix)
+        self._check_drafts(sampling)
         draws = self._draws(batch, seeds, sampling, limits, min_confidences)
         version = self.policy_version if policy_version is None else policy_version
         made: list[list[Completion | None]] = [[None] * n for _ in range(batch.num_prompts)]
-        # What is called meanwhile shouldn't compute in the precision of generation.
-        kind = self.policy.device.type
-        outside = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+        outside = _autocast_as_here(self.policy.device)
         with self._counting(), contextlib.closing(self._run(draws, sampling)) as running:
             for one in running:
                 completion = self._completion(draws[one.number], one, version)
@@ -372,27 +363,8 @@ class Engine:
         if rule is not None:
             self.backend.require("rules", purpose="a stopping rule")
         self._check_handles(handles)
-        if len(seeds) != len(handles):
-            problem = "an extension needs one seed per handle"
-            raise ConfigError(problem, place="extend(seeds=…)", got=f"{len(seeds)} for {len(handles)}")
-        check_seeds(seeds, "extend(seeds=…)")
-        if limits is not None and (len(limits) != len(handles) or min(limits, default=1) < 1):
-            problem = "an extension needs one limit per handle, at least 1"
-            raise ConfigError(problem, place="extend(limits=…)", got=f"{list(limits)} for {len(handles)}")
-        draws = [
-            self._draw(
-                number,
-                handle.ids,
-                seed,
-                sampling,
-                chat=chat,
-                place=f"handles[{number}]",
-                limit=None if limits is None else limits[number],
-                of=handle,
-                rule=rule,
-            )
-            for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
-        ]
+        _check_extension(handles, seeds, limits)
+        draws = self._draws_behind(handles, seeds, sampling, limits, rule=rule, chat=chat)
         made: dict[int, Extension] = {}
         with self._counting(), contextlib.closing(self._run(draws, sampling)) as running:
             for one in running:
@@ -582,6 +554,36 @@ class Engine:
             ]
         return draws
 
+    def _draws_behind(
+        self,
+        handles: Sequence[SequenceHandle],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        limits: Sequence[int] | None,
+        *,
+        rule: Callable[[Sequence[int]], bool] | None,
+        chat: bool,
+    ) -> list[_Draw]:
+        """Return the completions to be drawn behind sequences, one each.
+
+        Raises:
+            DataError: a sequence leaves no room for a token.
+        """
+        return [
+            self._draw(
+                number,
+                handle.ids,
+                seed,
+                sampling,
+                chat=chat,
+                place=f"handles[{number}]",
+                limit=None if limits is None else limits[number],
+                of=handle,
+                rule=rule,
+            )
+            for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
+        ]
+
     def _draw(
         self,
         number: int,
@@ -652,6 +654,12 @@ class Engine:
             if token >= size:
                 problem = f"the model's vocabulary has {size} tokens, ids 0 to {size - 1}"
                 raise ConfigError(problem, place="`stop_ids`", got=str(token), fix="leave it out")
+
+    def _check_drafts(self, sampling: SamplingConfig) -> None:
+        """Refuse drafts for a policy that reads soft tokens, which no draft knows."""
+        if (self.drafts is not None or sampling.draft is not None) and reads_soft_tokens(self.policy.network):
+            fix = "leave it out, or compress prompts without a compressor"
+            raise ConfigError("a policy that reads soft tokens takes no draft", place="draft", fix=fix)
 
     def _completion(self, draw: _Draw, one: Finished, policy_version: int) -> Completion:
         """Return what was drawn as a `Completion`.
@@ -738,6 +746,36 @@ def whole_count(n: object) -> int:
     if isinstance(n, bool) or not isinstance(n, SupportsIndex) or operator.index(n) < 1:
         raise ConfigError("n must be a whole number, at least 1", place="generate(n=…)", got=repr(n))
     return operator.index(n)
+
+
+def _autocast_as_here(device: torch.device) -> torch.autocast:
+    """Return a context with the autocast of the caller, for what is called meanwhile: generation has its own precision."""
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+
+
+def _check_seeds_and_limits(
+    seeds: Sequence[Sequence[int]], limits: Sequence[Sequence[int]] | None, prompts: int, n: int
+) -> None:
+    """Raise `ConfigError` unless each of the n completions of each prompt has a seed and, where there are any, a limit."""
+    _check_one_each(seeds, "seeds", prompts, n)
+    check_seeds([seed for each in seeds for seed in each], "generate(seeds=…)")
+    if limits is None:
+        return
+    _check_one_each(limits, "limits", prompts, n)
+    if (low := min((limit for each in limits for limit in each), default=1)) < 1:
+        raise ConfigError("a completion has at least one token", place="generate(limits=…)", got=str(low))
+
+
+def _check_extension(handles: Sequence[SequenceHandle], seeds: Sequence[int], limits: Sequence[int] | None) -> None:
+    """Raise `ConfigError` unless each handle has a seed and, where there are any, a limit."""
+    if len(seeds) != len(handles):
+        problem = "an extension needs one seed per handle"
+        raise ConfigError(problem, place="extend(seeds=…)", got=f"{len(seeds)} for {len(handles)}")
+    check_seeds(seeds, "extend(seeds=…)")
+    if limits is not None and (len(limits) != len(handles) or min(limits, default=1) < 1):
+        problem = "an extension needs one limit per handle, at least 1"
+        raise ConfigError(problem, place="extend(limits=…)", got=f"{list(limits)} for {len(handles)}")
 
 
 def _check_confidences(given: Sequence[float], prompts: int, sampling: SamplingConfig) -> None:
