@@ -147,62 +147,64 @@ def restrict_files(libc: ctypes.CDLL, directory: str) -> bool:
     return done
 
 
+# A filter of system calls is a program of the kernel's packet filter, which the kernel runs on each call's data. A line is an
+# operation, how many lines to skip where its test holds and where it doesn't, and a value.
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+NUMBER, ARCHITECTURE = (LOAD, 0, 0, 0), (LOAD, 0, 0, 4)  # offsets in a call's data
+ALLOW, KILL = (RETURN, 0, 0, 0x7FFF0000), (RETURN, 0, 0, 0x80000000)
+
+
+def refuse(error: int) -> tuple:
+    """Return the line that ends a call with an error."""
+    return (RETURN, 0, 0, 0x00050000 | error)
+
+
+def argument(index: int, high: bool = False) -> tuple:
+    """Return the line that loads half of an argument; they begin at offset 16 and have 8 bytes each."""
+    return (LOAD, 0, 0, 16 + 8 * index + 4 * high)
+
+
+def of_call(number: int, *lines: tuple) -> list:
+    """Return lines for one call alone, the last of which ends it; for other calls the program goes on behind them."""
+    return [(EQUAL, 0, len(lines), number), *lines]
+
+
+def filter_program(calls: dict) -> list:
+    """Return the filter for the architecture with these system calls: what isn't refused is allowed."""
+    refused = refuse(NOT_PERMITTED)
+    return [
+        ARCHITECTURE,
+        (EQUAL, 1, 0, calls["audit"]),
+        KILL,
+        NUMBER,
+        (AT_LEAST, 0, 1, 0x40000000),  # the other numbering of x86-64
+        refused,
+        *(line for call in calls["refused"] for line in of_call(call, refused)),
+        # Python then falls back to clone, whose flags can be seen: threads are made, processes aren't.
+        *of_call(calls["clone3"], refuse(NOT_THERE)),
+        *of_call(calls["clone"], argument(0), (ANY_BIT, 0, 1, THREAD), ALLOW, refuse(AGAIN)),
+        # Signals go to itself alone.
+        *(
+            line
+            for call in calls["signals"]
+            for line in of_call(call, argument(0), (EQUAL, 0, 1, os.getpid()), ALLOW, refused)
+        ),
+        # Its end with its parent stays.
+        *of_call(calls["prctl"], argument(0), (EQUAL, 0, 1, PARENT_DEATH_SIGNAL), refused, ALLOW),
+        # Its limits may be read, not set: the address of new ones must be 0.
+        *of_call(
+            calls["prlimit"], argument(2), (EQUAL, 0, 3, 0), argument(2, high=True), (EQUAL, 0, 1, 0), ALLOW, refused
+        ),
+        ALLOW,
+    ]
+
+
 def filter_calls(libc: ctypes.CDLL) -> bool:
     """Refuse system calls by a filter that can't be removed; return whether the kernel takes it."""
     calls = ARCHITECTURES.get(platform.machine())
     if calls is None:
         return False
-    load, equal, at_least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, refuse, kill = 0x7FFF0000, 0x00050000, 0x80000000
-    number, architecture = 0, 4  # offsets in the data of a call; its arguments, 8 bytes each, begin at 16
-
-    def argument(index: int, high: bool = False) -> int:
-        return 16 + 8 * index + 4 * high
-
-    program = [
-        (load, 0, 0, architecture),
-        (equal, 1, 0, calls["audit"]),
-        (give, 0, 0, kill),
-        (load, 0, 0, number),
-        (at_least, 0, 1, 0x40000000),  # the other numbering of x86-64
-        (give, 0, 0, refuse | NOT_PERMITTED),
-    ]
-    for call in calls["refused"]:
-        program += [(equal, 0, 1, call), (give, 0, 0, refuse | NOT_PERMITTED)]
-    # Python then falls back to clone, whose flags can be seen.
-    program += [(equal, 0, 1, calls["clone3"]), (give, 0, 0, refuse | NOT_THERE)]
-    program += [
-        (equal, 0, 4, calls["clone"]),
-        (load, 0, 0, argument(0)),
-        (bits, 0, 1, THREAD),
-        (give, 0, 0, allow),
-        (give, 0, 0, refuse | AGAIN),
-    ]
-    for call in calls["signals"]:  # to itself alone
-        program += [
-            (equal, 0, 4, call),
-            (load, 0, 0, argument(0)),
-            (equal, 0, 1, os.getpid()),
-            (give, 0, 0, allow),
-            (give, 0, 0, refuse | NOT_PERMITTED),
-        ]
-    program += [  # its end with its parent stays
-        (equal, 0, 4, calls["prctl"]),
-        (load, 0, 0, argument(0)),
-        (equal, 0, 1, PARENT_DEATH_SIGNAL),
-        (give, 0, 0, refuse | NOT_PERMITTED),
-        (give, 0, 0, allow),
-    ]
-    program += [  # its limits may be read, not set
-        (equal, 0, 6, calls["prlimit"]),
-        (load, 0, 0, argument(2)),
-        (equal, 0, 3, 0),
-        (load, 0, 0, argument(2, high=True)),
-        (equal, 0, 1, 0),
-        (give, 0, 0, allow),
-        (give, 0, 0, refuse | NOT_PERMITTED),
-        (give, 0, 0, allow),
-    ]
+    program = filter_program(calls)
     packed = b"".join(struct.pack("HBBI", *line) for line in program)
     code = ctypes.create_string_buffer(packed, len(packed))
     whole = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,21 +152,10 @@ def _card(
     """Return the model card: what was merged, how, and the inputs' fingerprints."""
     entries = [(plan.base, "base", "")] if plan.base is not None else []
     entries += [(plan.models[number], "model", _listed(weight)) for number, weight in chosen]
+    rows = [(shown_name(one.name), kind, weight, f"`{one.fingerprint.hex()}`") for one, kind, weight in entries]
     inputs = [one for one, _, _ in entries]
     licences = {one.name: licence_of(one.name) for one in inputs}
-    found = [dict(one.values) for one in licences.values()]
-    named = list(dict.fromkeys(name for one in inputs if (name := hub_name(root_of(one.name))) is not None))
     folded = config.method == "passthrough" and len(inputs) == 1 and inputs[0].base is not None
-    header = {
-        "base_model": named,  # the hub takes names on the hub alone
-        "base_model_relation": ("finetune" if folded else "merge") if named else None,
-        **(found[0] if all(one == found[0] for one in found) else {}),
-        **library_values(path),
-        "tags": ["merge", "rlhf_core", config.method],
-    }
-    rows = [
-        f"| {shown_name(one.name)} | {kind} | {weight} | `{one.fingerprint.hex()}` |" for one, kind, weight in entries
-    ]
     title = f"{shown_name(inputs[0].name)}, folded into its base" if folded else f"Merge by {config.method}"
     lines = [
         f"# {title}",
@@ -178,9 +167,7 @@ def _card(
         "",
         "## Merged",
         "",
-        "| input | as | weight | fingerprint |",
-        "|---|---|---|---|",
-        *rows,
+        *_table(("input", "as", "weight", "fingerprint"), rows),
         "",
         "A fingerprint hashes every tensor's name and shape and 32 short runs of its values, whatever its shards.",
         "",
@@ -192,15 +179,34 @@ def _card(
         "## Licence",
         "",
         *dict.fromkeys(one.sentence for one in licences.values()),
+        *(["", *_hashes(inputs)] if config.hash_inputs else []),
     ]
-    if config.hash_inputs:
-        lines += ["", "| input file | SHA-256 |", "|---|---|"]
-        lines += [
-            f"| {shown_name(one.name)}: {file.path.name} | `{sha256_of(file.path).sha256}` |"
-            for one in inputs
-            for file in one.files
-        ]
-    return render(header, lines)
+    return render(_header(path, inputs, [one.values for one in licences.values()], config.method, folded=folded), lines)
+
+
+def _header(
+    path: Path, inputs: Sequence[InputModel], licences: Sequence[Mapping[str, Any]], method: str, *, folded: bool
+) -> dict[str, Any]:
+    """Return the values in front of the card, which the hub reads; a licence where all inputs have the same."""
+    named = list(dict.fromkeys(name for one in inputs if (name := hub_name(root_of(one.name))) is not None))
+    return {
+        "base_model": named,  # the hub takes names on the hub alone
+        "base_model_relation": ("finetune" if folded else "merge") if named else None,
+        **(licences[0] if all(one == licences[0] for one in licences) else {}),
+        **library_values(path),
+        "tags": ["merge", "rlhf_core", method],
+    }
+
+
+def _hashes(inputs: Sequence[InputModel]) -> list[str]:
+    """Return a table of the SHA-256 of each file of weights."""
+    files = [(one, file.path) for one in inputs for file in one.files]
+    rows = [(f"{shown_name(one.name)}: {path.name}", f"`{sha256_of(path).sha256}`") for one, path in files]
+    return _table(("input file", "SHA-256"), rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _listed(weight: Value) -> str:

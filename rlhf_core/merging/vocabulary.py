@@ -71,44 +71,49 @@ class Vocabularies:
         inputs = [*([base] if base is not None else []), *models]
         tables = [name for name in sorted(names) if _has_token_rows(name, inputs)]
         if not tables:
-            if wanted is not None or multiple is not None:
-                raise ConfigError(
-                    "no tensor is known to have a row for each token",
-                    place="tokenizer" if wanted is not None else "pad_to_multiple_of",
-                    got=wanted or multiple,
-                    fix="leave it out",
-                )
+            _refuse_without_tables(wanted, multiple)
             return cls()
-        inputs = [one for one in inputs if not one.tensors.keys().isdisjoint(tables)]
-        rows = [next(one.tensors[name].shape[0] for name in tables if name in one.tensors) for one in inputs]
-        files = [one.find_file(TOKENIZER) for one in inputs]
+        given = [_InputVocabulary.of(one, tables) for one in inputs if not one.tensors.keys().isdisjoint(tables)]
         path = None if wanted in (None, "base", "union") else Path(str(wanted)).expanduser()
-        fits = path is None and len(set(rows)) == 1 and rows[0] % (multiple or 1) == 0
-        if len({file.read_bytes() for file in files if file is not None}) <= 1 and fits:
-            return cls()
-        tokenizers = [_TokenizerFile.read(file) if file is not None else None for file in files]
-        tokens = [one.tokens if one is not None else {} for one in tokenizers]
-        known = [one for one in tokens if one]
-        alike = all(one == known[0] for one in known) and len(set(rows)) == 1
+        fits = path is None and len({one.rows for one in given}) == 1 and given[0].rows % (multiple or 1) == 0
+        if fits and len({one.file.read_bytes() for one in given if one.file is not None}) <= 1:
+            return cls()  # the usual case, in which no tokenizer is read
+        known = [one.tokens for one in given if one.tokens]
+        alike = all(one == known[0] for one in known) and len({one.rows for one in given}) == 1
         if alike and fits:
             return cls()
         if wanted is None and not alike:
-            _refuse(inputs, tokens, rows)
-        if lacking := [one for one, found in zip(inputs, tokenizers, strict=True) if found is None]:
+            raise _difference(given)
+        return cls._by_text(given, path or wanted, multiple or 1, based=base is not None)
+
+    @classmethod
+    def _by_text(
+        cls, inputs: Sequence[_InputVocabulary], wanted: str | Path | None, multiple: int, *, based: bool
+    ) -> Vocabularies:
+        """Return the alignment of rows by their tokens' text.
+
+        Args:
+            wanted: as for `align`.
+            multiple: the result's rows are a multiple of this.
+            based: whether the first input is a base.
+
+        Raises:
+            ModelError: an input has no tokenizer.json, or none can be made for the result.
+        """
+        if lacking := [one.model for one in inputs if one.tokenizer is None]:
             raise ModelError(
                 "vocabularies are aligned by the tokens' text, and there is no tokenizer.json", place=lacking[0].name
             )
-        found = [one for one in tokenizers if one is not None]
-        target, tokenizer, origin = _target(inputs, found, path or wanted, based=base is not None)
+        tokenizers = [one.tokenizer for one in inputs if one.tokenizer is not None]
+        target, tokenizer, origin = _target([one.model for one in inputs], tokenizers, wanted, based=based)
         # Rows without a token are never dropped; rows of tokens that the result doesn't have are.
-        padded = [size for one, size in zip(tokens, rows, strict=True) if size > 1 + max(one.values())]
-        count = max([1 + max(target.values()), *padded, *rows[: int(base is not None)]])
-        count = -(-count // (multiple or 1)) * (multiple or 1)
-        maps = [(one, _row_map(target, count, own, size)) for one, own, size in zip(inputs, tokens, rows, strict=True)]
+        padded = [one.rows for one in inputs if one.rows > 1 + max(one.tokens.values())]
+        count = max([1 + max(target.values()), *padded, *(one.rows for one in inputs[: int(based)])])
+        count = -(-count // multiple) * multiple
+        maps = [(one.model, _row_map(target, count, one.tokens, one.rows)) for one in inputs]
         # Models fill each other's gaps in an order that isn't the one in which they were given.
-        first = int(base is not None)
-        maps[first:] = sorted(maps[first:], key=lambda pair: pair[0].fingerprint)
-        return cls(count, target, tokenizer, origin, maps, base is not None)
+        maps[int(based) :] = sorted(maps[int(based) :], key=lambda pair: pair[0].fingerprint)
+        return cls(count, target, tokenizer, origin, maps, based)
 
     def fingerprint(self) -> list[object]:
         """Return what the rows of the result depend on besides the inputs, as JSON values."""
@@ -222,17 +227,54 @@ class _TokenizerFile:
             ) from None
 
 
-def _refuse(inputs: Sequence[InputModel], tokens: Sequence[dict[str, int]], rows: Sequence[int]) -> None:
-    """Raise the error of two inputs whose vocabularies differ."""
-    first = next((n for n in range(len(inputs)) if tokens[n]), 0)
-    other = next(n for n in range(len(inputs)) if rows[n] != rows[first] or (tokens[n] and tokens[n] != tokens[first]))
-    detail = f"{len(tokens[first])} tokens in {rows[first]} rows, and {len(tokens[other])} in {rows[other]}"
-    if (len(tokens[first]), rows[first]) == (len(tokens[other]), rows[other]):
-        token = next(text for text, row in tokens[first].items() if tokens[other].get(text) != row)
-        detail += f"; token {token!r} is number {tokens[first][token]} and {tokens[other].get(token, 'none')}"
-    raise ModelError(
-        f"its vocabulary differs from that of {inputs[first].name}",
-        place=inputs[other].name,
+@dataclass(frozen=True)
+class _InputVocabulary:
+    """An input's tokens, and the rows that it has for them."""
+
+    model: InputModel
+    rows: int
+    """Rows of its embeddings."""
+    file: Path | None
+    """Its tokenizer.json, where it has one."""
+
+    @classmethod
+    def of(cls, model: InputModel, tables: Sequence[str]) -> _InputVocabulary:
+        """Return the vocabulary of an input that has one of `tables`, tensors with a row per token."""
+        rows = next(model.tensors[name].shape[0] for name in tables if name in model.tensors)
+        return cls(model, rows, model.find_file(TOKENIZER))
+
+    @cached_property
+    def tokenizer(self) -> _TokenizerFile | None:
+        return _TokenizerFile.read(self.file) if self.file is not None else None
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Token → row; empty without a tokenizer.json."""
+        return self.tokenizer.tokens if self.tokenizer is not None else {}
+
+
+def _refuse_without_tables(wanted: str | None, multiple: int | None) -> None:
+    """Raise where options of the vocabulary are given, and no tensor has a row per token."""
+    if wanted is not None or multiple is not None:
+        raise ConfigError(
+            "no tensor is known to have a row for each token",
+            place="tokenizer" if wanted is not None else "pad_to_multiple_of",
+            got=wanted or multiple,
+            fix="leave it out",
+        )
+
+
+def _difference(inputs: Sequence[_InputVocabulary]) -> ModelError:
+    """Return the error of two inputs whose vocabularies differ."""
+    first = next((one for one in inputs if one.tokens), inputs[0])
+    other = next(one for one in inputs if one.rows != first.rows or (one.tokens and one.tokens != first.tokens))
+    detail = f"{len(first.tokens)} tokens in {first.rows} rows, and {len(other.tokens)} in {other.rows}"
+    if (len(first.tokens), first.rows) == (len(other.tokens), other.rows):
+        token = next(text for text, row in first.tokens.items() if other.tokens.get(text) != row)
+        detail += f"; token {token!r} is number {first.tokens[token]} and {other.tokens.get(token, 'none')}"
+    return ModelError(
+        f"its vocabulary differs from that of {first.model.name}",
+        place=other.model.name,
         got=detail,
         fix="set `tokenizer` to `base`, `union` or a path: rows are then aligned by the tokens' text",
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,30 +92,8 @@ def export_model(
     script = gguf_files.find_converter(converter) if kind is not None else None
     target = Path(output).expanduser() if output is not None else Path("exports") / found.title
     _require_writable(target, found, overwrite=overwrite)
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    work, plain = temporary_path(target), target.with_name(f".{target.name}.saved.tmp")
-    remove_tree(work)
-    remove_tree(plain)
-    try:
-        with storage_errors(target):
-            directory = found.directory if found.directory is not None else _save_checkpoint(found, plain)
-            if merged and not is_adapter(str(directory)):
-                log.info("%s is a whole model: there is no adapter to fold", found.name)
-            notes = _write(directory, work, merged=merged or kind is not None, dtype=dtype, progress=progress)
-            if found.checkpoint is not None:
-                notes.insert(0, f"the weights of step {found.checkpoint.path.name.removeprefix('step-')}")
-            _write_card(directory, work, target, notes=notes, base=base)
-            _publish(work, target)
-    finally:
-        remove_tree(work)
-        remove_tree(plain)
-    made = None
-    if kind is not None:
-        file = target / f"{target.resolve().name}-{kind}.gguf"
-        if script is None:
-            raise gguf_files.not_installed(target, file, kind)
-        made = gguf_files.convert(script, target, file, kind)
+    _export(found, target, merged=merged, for_gguf=kind is not None, dtype=dtype, base=base, progress=progress)
+    made = None if kind is None else _to_gguf(target, kind, script)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return ExportResult(target, is_adapter(str(target)), size, time.perf_counter() - began, made)
 
@@ -187,6 +166,43 @@ def _require_writable(target: Path, found: SavedModel, *, overwrite: bool) -> No
         )
 
 
+def _export(
+    found: SavedModel,
+    target: Path,
+    *,
+    merged: bool,
+    for_gguf: bool,
+    dtype: Dtype | None,
+    base: str | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write a model and its card beside `target`, then put it there; `for_gguf` folds an adapter, since GGUF has whole models."""
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    work, plain = temporary_path(target), target.with_name(f".{target.name}.saved.tmp")
+    with _temporary(work, plain), storage_errors(target):
+        directory = found.directory if found.directory is not None else _save_checkpoint(found, plain)
+        if merged and not is_adapter(str(directory)):
+            log.info("%s is a whole model: there is no adapter to fold", found.name)
+        notes = _write(directory, work, merged=merged or for_gguf, dtype=dtype, progress=progress)
+        if found.checkpoint is not None:
+            notes.insert(0, f"the weights of step {found.checkpoint.path.name.removeprefix('step-')}")
+        _write_card(directory, work, target, notes=notes, base=base)
+        _publish(work, target)
+
+
+@contextlib.contextmanager
+def _temporary(*directories: Path) -> Iterator[None]:
+    """Remove directories afterwards, and before, where a killed export left them."""
+    for directory in directories:
+        remove_tree(directory)
+    try:
+        yield
+    finally:
+        for directory in directories:
+            remove_tree(directory)
+
+
 def _save_checkpoint(found: SavedModel, target: Path) -> Path:
     """Save the model of a checkpoint as the run would have saved it at its end; this takes the model's memory."""
     # Only here is a model built, and transformers' models imported, which takes seconds.
@@ -216,6 +232,18 @@ def _write(
     check_files(str(source))
     copy_model(source, work, dtype=DTYPES[dtype] if dtype is not None else None)
     return said
+
+
+def _to_gguf(target: Path, kind: str, converter: Path | None) -> Path:
+    """Convert an exported model to a GGUF file beside it; return the file.
+
+    Raises:
+        ConfigError: there is no converter.
+    """
+    file = target / f"{target.resolve().name}-{kind}.gguf"
+    if converter is None:
+        raise gguf_files.not_installed(target, file, kind)
+    return gguf_files.convert(converter, target, file, kind)
 
 
 def _refuse_quantised(source: Path) -> None:
