@@ -23,7 +23,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from confidence import streams
 from transformers import AutoModelForCausalLM
 
 from rlhf_core.config.online import SamplingConfig
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.generation.draft_model import ModelDrafter
 from rlhf_core.generation.drafting import Drafts
 from rlhf_core.generation.engine import Engine
@@ -46,6 +48,7 @@ KINDS = ("copy", "questions", "epochs")
 """And `problems`, held-out ones of the embedded task, for `distilled_draft.py`."""
 LOOK_UP = 10
 """Most tokens that transformers guesses at a time; its documentation's own example."""
+NO_DRAFT = "no draft"
 Contender = Callable[[int], list[list[int]]]
 """Number of the round → the tokens drawn, per completion."""
 
@@ -87,16 +90,49 @@ def load(path: str, precision: str) -> PolicyModel:
     return PolicyModel.from_pretrained(path, precision=precision, frozen=True)
 
 
-def prompts_of(kind: str, batch: int, path: Path) -> tuple[list[Any], int]:
-    """Return the chats of one kind of work, and how many completions are drawn for each."""
+@dataclass(frozen=True)
+class Work:
+    """What every contender draws."""
+
+    kind: str
+    batch: int
+    """Completions in all."""
+    encoded: Batch
+    n: int
+    """Completions per prompt."""
+    sampling: SamplingConfig
+
+    @classmethod
+    def of(cls, policy: PolicyModel, kind: str, batch: int, options: argparse.Namespace) -> Work:
+        """Return so much work of one kind."""
+        n = 8 if kind == "epochs" else 1
+        prompts = problems(batch) if kind == "problems" else chats_of(kind, batch // n, options.prompts)
+        sampling = SamplingConfig(
+            max_new_tokens=options.tokens,
+            min_new_tokens=0 if kind in ("epochs", "problems") else options.tokens,
+            temperature=0 if kind == "copy" else options.temperature,
+        )
+        return cls(kind, batch, prompt_batch(policy, prompts), n, sampling)
+
+
+@dataclass
+class Measured:
+    """What a contender needed, round by round, and drew."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    differing: int = 0
+    """Completions that the engine without a draft drew otherwise."""
+
+
+def chats_of(kind: str, count: int, path: Path) -> list[Any]:
+    """Return so many chats of one kind of work."""
     questions = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
-    n = 8 if kind == "epochs" else 1
-    count = batch // n
     texts = [questions[at % len(questions)] for at in range(count)]
     if kind == "copy":
         texts = [f"Repeat this text word for word, and nothing else:\n\n{text} {text}" for text in texts]
     # Each prompt is another one, so that none is read for several.
-    return [[{"role": "user", "content": f"{at // len(questions)} {text}"}] for at, text in enumerate(texts)], n
+    return [[{"role": "user", "content": f"{at // len(questions)} {text}"}] for at, text in enumerate(texts)]
 
 
 def problems(count: int) -> list[str]:
@@ -109,67 +145,78 @@ def measure(
     policy: PolicyModel, draft: PolicyModel | None, kind: str, batch: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return a row per contender: seconds, speed-up, and what the drafts did."""
-    if kind == "problems":
-        prompts, n = problems(batch), 1
-    else:
-        prompts, n = prompts_of(kind, batch, options.prompts)
-    encoded = prompt_batch(policy, prompts)
-    sampling = SamplingConfig(
-        max_new_tokens=options.tokens,
-        min_new_tokens=0 if kind in ("epochs", "problems") else options.tokens,
-        temperature=0 if kind == "copy" else options.temperature,
-    )
-    drafts: dict[str, Drafts | None] = {"no draft": None}
-    drafts["suffix" if kind == "epochs" else "ngram"] = Drafts(SuffixDrafter() if kind == "epochs" else NgramDrafter())
-    if draft is not None and kind != "epochs":
-        drafts["model"] = Drafts(ModelDrafter(draft, policy))
-
-    def ours(own: Drafts | None) -> Contender:
-        def run(number: int) -> list[list[int]]:
-            drawn = Engine(policy, seed=number, drafts=own).generate(encoded, n, sampling)
-            return [list(one.ids) for group in drawn for one in group]
-
-        return run
-
-    contenders = {name: ours(own) for name, own in drafts.items()}
-    if batch == 1 and not options.no_peer:
-        peer = assisted(options.model, policy, encoded, sampling, prompt_lookup_num_tokens=LOOK_UP)
-        contenders["transformers, look-up"] = peer
-        if draft is not None:
-            assistant = AutoModelForCausalLM.from_pretrained(options.draft_model, dtype=policy.precision)
-            peer = assisted(options.model, policy, encoded, sampling, assistant_model=assistant)
-            contenders["transformers, model"] = peer
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    tokens = 0
-    differing: dict[str, int] = dict.fromkeys(contenders, 0)
-    for number in range(options.rounds + 1):
-        expected: list[list[int]] = []
-        for name, run in contenders.items():
-            begin = time.perf_counter()
-            drawn = run(number)
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
-            expected = expected or drawn
-            tokens += sum(map(len, drawn)) if number and name == "no draft" else 0
-            if name in drafts:
-                differing[name] += sum(own != other for own, other in zip(drawn, expected, strict=True))
+    work = Work.of(policy, kind, batch, options)
+    drafts = drafts_for(work, policy, draft)
+    contenders = {name: engine_with(own, policy, work) for name, own in drafts.items()}
+    peers = peers_for(work, policy, options) if batch == 1 and not options.no_peer else {}
+    found = in_turn(contenders | peers, options.rounds)
+    plain = found[NO_DRAFT]
     rows = []
-    for name, own in seconds.items():
-        counts = drafts[name].counts if drafts.get(name) is not None else None  # type: ignore[union-attr]
+    for name, own in found.items():
+        used = drafts.get(name)
         rows.append(
             {
                 "work": kind,
                 "batch": batch,
                 "contender": name,
-                "seconds": own,
-                "tokens_per_second": tokens / options.rounds / statistics.median(own),
-                "speed_up": statistics.median(a / b for a, b in zip(seconds["no draft"], own, strict=True)),
-                "differing": differing[name],
-                **({} if counts is None else counts.report()),
+                "seconds": own.seconds,
+                "tokens_per_second": statistics.mean(plain.tokens) / statistics.median(own.seconds),
+                "speed_up": statistics.median(a / b for a, b in zip(plain.seconds, own.seconds, strict=True)),
+                "differing": own.differing if name in drafts else 0,
+                **({} if used is None else used.counts.report()),
             }
         )
         print(table([rows[-1]]).splitlines()[-1], flush=True)
     return rows
+
+
+def drafts_for(work: Work, policy: PolicyModel, draft: PolicyModel | None) -> dict[str, Drafts | None]:
+    """Return the drafts of the contenders of ours, the first of which has none."""
+    if work.kind == "epochs":
+        return {NO_DRAFT: None, "suffix": Drafts(SuffixDrafter())}
+    found: dict[str, Drafts | None] = {NO_DRAFT: None, "ngram": Drafts(NgramDrafter())}
+    return found if draft is None else found | {"model": Drafts(ModelDrafter(draft, policy))}
+
+
+def engine_with(drafts: Drafts | None, policy: PolicyModel, work: Work) -> Contender:
+    """Return the engine with a draft."""
+
+    def run(number: int) -> list[list[int]]:
+        drawn = Engine(policy, seed=number, drafts=drafts).generate(work.encoded, work.n, work.sampling)
+        return [list(one.ids) for group in drawn for one in group]
+
+    return run
+
+
+def peers_for(work: Work, policy: PolicyModel, options: argparse.Namespace) -> dict[str, Contender]:
+    """Return transformers by look-up in the prompt and, where there is a draft model, by that."""
+
+    def peer(**assistance: Any) -> Contender:
+        return assisted(options.model, policy, work.encoded, work.sampling, **assistance)
+
+    found = {"transformers, look-up": peer(prompt_lookup_num_tokens=LOOK_UP)}
+    if options.draft_model is not None:
+        assistant = AutoModelForCausalLM.from_pretrained(options.draft_model, dtype=policy.precision)
+        found["transformers, model"] = peer(assistant_model=assistant)
+    return found
+
+
+def in_turn(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Measured]:
+    """Let all contenders draw in each round, and once before the first, and compare what they draw with the first one's."""
+    found = {name: Measured() for name in contenders}
+    for number in range(rounds + 1):
+        expected: list[list[int]] = []
+        for name, run in contenders.items():
+            begin = time.perf_counter()
+            drawn = run(number)
+            seconds = time.perf_counter() - begin
+            expected = expected or drawn
+            own = found[name]
+            own.differing += sum(ids != other for ids, other in zip(drawn, expected, strict=True))
+            if number:
+                own.seconds.append(seconds)
+                own.tokens.append(sum(map(len, drawn)))
+    return found
 
 
 def assisted(path: str, policy: PolicyModel, encoded: Any, sampling: SamplingConfig, **options: Any) -> Contender:

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -140,70 +140,81 @@ def constant_doc(name: str, home: str) -> str:
     raise SystemExit(f"{home}: `{name}` is public and has no docstring")
 
 
+CONFIGURATION = [
+    "# Configuration",
+    "",
+    "<!-- Generated from the configuration classes by `make docs`; edit those. -->",
+    "",
+    "A run is described by one flat YAML file, by flags of the same names (`--beta 0.2`, `--lora.rank 8`), or by both:",
+    "defaults give way to the preset, the preset to the file, the file to flags. A key that isn't known is an error that",
+    "names the nearest one. Groups such as `lora` are nested in YAML and dotted as flags. `rlhf init METHOD` writes a",
+    "commented file to begin with, and beside it the JSON schema by which editors check and complete it; `rlhf schema",
+    "METHOD` prints that schema (of a recipe's file `rlhf schema recipe`, with each training stage's options by its method).",
+    "`rlhf validate FILE` checks a file and the rows that it names without running it,",
+    "every mistake at once, with what the run will take: steps, trained parameters, memory, time and disk.",
+    "",
+    "In the values of a file",
+    "",
+    "- `${NAME}` is an environment variable, and `${NAME:-default}` has a default where it is unset or empty; a variable",
+    "  that isn't set is an error. Without quotes the result is read as YAML: `max_steps: ${STEPS}` is a number.",
+    "  Within `{…}` and `[…]` such a value needs quotes. `$${NAME}` is that text itself. A run records its file as it was",
+    "  written, and nowhere the value of a variable whose name is that of a secret (`…_TOKEN`, `…_API_KEY`, `…_PASSWORD`);",
+    "- a path that begins with `~/` starts at the user's home;",
+    "- a relative path is looked for in the working directory first, then beside the file; where it is at neither place, the",
+    "  message says where it was looked for. `output` is always in the working directory.",
+    "",
+    "The same holds for the files of merges, evaluations and samplers, and for recipes.",
+    "[Names of TRL, axolotl and LLaMA-Factory](other-trainers.md) are answered with what they are called here.",
+    "",
+]
+"""What the page says before its tables."""
+
+
 def configuration() -> str:
-    lines = [
-        "# Configuration",
-        "",
-        "<!-- Generated from the configuration classes by `make docs`; edit those. -->",
-        "",
-        "A run is described by one flat YAML file, by flags of the same names (`--beta 0.2`, `--lora.rank 8`), or by both:",
-        "defaults give way to the preset, the preset to the file, the file to flags. A key that isn't known is an error that",
-        "names the nearest one. Groups such as `lora` are nested in YAML and dotted as flags. `rlhf init METHOD` writes a",
-        "commented file to begin with, and beside it the JSON schema by which editors check and complete it; `rlhf schema",
-        "METHOD` prints that schema (of a recipe's file `rlhf schema recipe`, with each training stage's options by its method).",
-        "`rlhf validate FILE` checks a file and the rows that it names without running it,",
-        "every mistake at once, with what the run will take: steps, trained parameters, memory, time and disk.",
-        "",
-        "In the values of a file",
-        "",
-        "- `${NAME}` is an environment variable, and `${NAME:-default}` has a default where it is unset or empty; a variable",
-        "  that isn't set is an error. Without quotes the result is read as YAML: `max_steps: ${STEPS}` is a number.",
-        "  Within `{…}` and `[…]` such a value needs quotes. `$${NAME}` is that text itself. A run records its file as it was",
-        "  written, and nowhere the value of a variable whose name is that of a secret (`…_TOKEN`, `…_API_KEY`, `…_PASSWORD`);",
-        "- a path that begins with `~/` starts at the user's home;",
-        "- a relative path is looked for in the working directory first, then beside the file; where it is at neither place, the",
-        "  message says where it was looked for. `output` is always in the working directory.",
-        "",
-        "The same holds for the files of merges, evaluations and samplers, and for recipes.",
-        "[Names of TRL, axolotl and LLaMA-Factory](other-trainers.md) are answered with what they are called here.",
-        "",
-        "## Keys of a run",
-        "",
-        *option_table(RunConfig),
-        "",
-        "## Options of every trainer",
-        "",
-        *option_table(TrainerConfig),
-    ]
-    for name, group in every_group(TrainerConfig):
-        lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
+    """Return the page of every option: of runs, trainers, rewards, merges and recipes."""
+    lines = [*CONFIGURATION, "## Keys of a run", "", *option_table(RunConfig)]
+    lines += ["", "## Options of every trainer", "", *option_table(TrainerConfig)]
+    lines += group_sections(every_group(TrainerConfig))
     for plugin in own_plugins("trainer"):
-        config: type[TrainerConfig] = registry.get("trainer", plugin.name).Config  # type: ignore[attr-defined]
-        shared = TrainerConfig.model_fields
-        own = [
-            field
-            for field, info in config.model_fields.items()
-            if field not in shared
-            or info.default != shared[field].default
-            or info.annotation != shared[field].annotation
-        ]
-        lines += ["", f"## `{plugin.name}`", "", f"{plugin.summary} Reads `{plugin.record}` rows.", ""]
-        lines += option_table(config, only=own) if own else ["It has no options beyond those of every trainer."]
-        for name, group in groups(config):
-            if name in own:
-                lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
-    lines += ["", "## Presets", "", "`preset: NAME` sets these where the file and flags set nothing:", ""]
-    for name, options in PRESETS.items():
-        lines.append(
-            f"- `{name}` ({ABOUT[name]}): " + ", ".join(f"`{key}: {shown(value)}`" for key, value in options.items())
-        )
-    lines += [
+        lines += own_options(plugin)
+    lines += ["", *presets(), "", *rewards(), "", *merging(), "", *recipes()]
+    return "\n".join(lines) + "\n"
+
+
+def own_options(trainer: registry.Plugin) -> list[str]:
+    """Return the section of a trainer: the options that it has beyond those of every trainer, or with another default."""
+    config: type[TrainerConfig] = registry.get("trainer", trainer.name).Config  # type: ignore[attr-defined]
+    shared = TrainerConfig.model_fields
+    own = [
+        field
+        for field, info in config.model_fields.items()
+        if field not in shared or info.default != shared[field].default or info.annotation != shared[field].annotation
+    ]
+    lines = ["", f"## `{trainer.name}`", "", f"{trainer.summary} Reads `{trainer.record}` rows.", ""]
+    lines += option_table(config, only=own) if own else ["It has no options beyond those of every trainer."]
+    return lines + group_sections((name, group) for name, group in groups(config) if name in own)
+
+
+def group_sections(named: Iterable[tuple[str, type[BaseModel]]]) -> list[str]:
+    """Return a section per group of options."""
+    lines: list[str] = []
+    for name, group in named:
+        lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
+    return lines
+
+
+def presets() -> list[str]:
+    values = {name: ", ".join(f"`{key}: {shown(value)}`" for key, value in PRESETS[name].items()) for name in PRESETS}
+    return [
+        "## Presets",
+        "",
+        "`preset: NAME` sets these where the file and flags set nothing:",
+        "",
+        *(f"- `{name}` ({ABOUT[name]}): {of}" for name, of in values.items()),
         "",
         "Both train adapters, for which a method's default learning rate, one for every weight, is too low: ten times as much is"
         " taken, unless `learning_rate` is set.",
     ]
-    lines += ["", *rewards(), "", *merging(), "", *recipes()]
-    return "\n".join(lines) + "\n"
 
 
 def rewards() -> list[str]:
@@ -211,9 +222,7 @@ def rewards() -> list[str]:
     for plugin in own_plugins("reward"):
         config: type[BaseConfig] = registry.get("reward", plugin.name).Config  # type: ignore[attr-defined]
         lines += ["", f"### Reward `{plugin.name}`", "", plugin.summary, "", *option_table(config)]
-        for name, group in groups(config):
-            if group is not ScoringModelConfig:
-                lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
+        lines += group_sections(one for one in groups(config) if one[1] is not ScoringModelConfig)
     lines += ["", "### `model`", "", *paragraph(ScoringModelConfig), ""]
     return lines + option_table(ScoringModelConfig, prefix="model.")
 
@@ -259,14 +268,9 @@ def recipes() -> list[str]:
         "`rlhf run RECIPE.yaml` ([docs/pipeline.md](pipeline.md)). Beside the stages a recipe has these keys:",
         "",
     ]
-    lines += option_table(Recipe)
-    for name, group in every_group(Recipe):
-        lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
+    lines += option_table(Recipe) + group_sections(every_group(Recipe))
     lines += ["", "### `kind: improve`", "", *paragraph(ImprovementConfig), "", *option_table(ImprovementConfig)]
-    for name, group in every_group(ImprovementConfig):
-        if group not in SHARED_GROUPS:
-            lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
-    return lines
+    return lines + group_sections(one for one in every_group(ImprovementConfig) if one[1] not in SHARED_GROUPS)
 
 
 def other_trainers() -> str:
