@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
+from rlhf_core.cli.first_argument import refuse_flag
 from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
@@ -110,17 +111,12 @@ def _checked(target: str | None, *, picture: Path | None, resume: bool, overwrit
     if picture is not None:
         fix = "`rlhf merge --diff A B --picture FILE.png`"
         raise ConfigError("there is nothing to draw without `--diff`", place="--picture", fix=fix)
-    if target is None or target.startswith("-"):
-        raise ConfigError(
-            "the first argument must be a method or a file",
-            place="command line",
-            got=None if target is None else f"`{target}`",
-            fix="`rlhf merge METHOD --model A --model B --output DIR`, or `rlhf merge --diff A B`",
-        )
+    fix = "`rlhf merge METHOD --model A --model B --output DIR`, or `rlhf merge --diff A B`"
+    method = refuse_flag(target, "a method or a file", fix=fix)
     if resume and overwrite:
         problem = "a merge is either continued or started over"
         raise ConfigError(problem, place="--resume and --overwrite", fix="choose one")
-    return target
+    return method
 
 
 def _adapter_at(target: str) -> str | None:

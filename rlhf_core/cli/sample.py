@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
+from rlhf_core.cli.first_argument import refuse_flag
 from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_heading, print_json_line, print_note, print_text, print_wrapped
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
-from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import ModelConfig
@@ -82,11 +82,7 @@ def sample(
     Ctrl-C or SIGTERM stops; --resume continues, and gives the same rows as if it
     had never stopped.
     """
-    if target.startswith("-"):
-        fix = "`rlhf sample SAMPLER --model M --prompts FILE`"
-        raise ConfigError(
-            "the first argument must be a sampler or a file", place="command line", got=f"`{target}`", fix=fix
-        )
+    refuse_flag(target, "a sampler or a file", fix="`rlhf sample SAMPLER --model M --prompts FILE`")
     no_bars_in_logs()
     with quick_imports():
         from rlhf_core.generation.sampling_job import load_sampling_job

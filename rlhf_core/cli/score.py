@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
+from rlhf_core.cli.first_argument import refuse_flag
 from rlhf_core.cli.printing import print_json, print_text, print_wrapped
 from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
@@ -56,13 +57,7 @@ def score(
     Rows are written in order, with all of their columns. Ctrl-C or SIGTERM stops; --resume continues. Without --output only the
     summary is printed.
     """
-    if reward.startswith("-"):
-        raise ConfigError(
-            "the first argument must be a reward",
-            place="command line",
-            got=f"`{reward}`",
-            fix="`rlhf score REWARD --data FILE`",
-        )
+    refuse_flag(reward, "a reward", fix="`rlhf score REWARD --data FILE`")
     with quick_imports():
         from rlhf_core.config.flags import lex
         from rlhf_core.data.row_output import RowOutput

@@ -13,6 +13,7 @@ import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, run_recipe, shell_completion
 from rlhf_core.cli.data import print_mistakes
+from rlhf_core.cli.first_argument import refuse_flag
 from rlhf_core.cli.flag_wording import names_a_file, say_in_flags
 from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_text
@@ -223,13 +224,7 @@ def _job(target: str, flags: list[str]) -> TrainingJob:
 
 def _refuse_flag(target: str) -> None:
     """Refuse an option in the place of the method or file."""
-    if target.startswith("-"):
-        raise ConfigError(
-            "the first argument must be a method or a file",
-            place="command line",
-            got=f"`{target}`",
-            fix="`rlhf train METHOD --option value`",
-        )
+    refuse_flag(target, "a method or a file", fix="`rlhf train METHOD --option value`")
 
 
 def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -> None:
