@@ -130,6 +130,15 @@ class BaseConfig(BaseModel, metaclass=_OneMessage):
         return type(self).parse({**self.model_dump(exclude_unset=True), **changes})
 
 
+def between_commas(value: Any) -> Any:
+    """Return names or numbers as a list, for options that are given several: of a text, or of texts, those between its commas."""
+    if isinstance(value, str):
+        return [one.strip() for one in value.split(",") if one.strip()]
+    if isinstance(value, list):
+        return [one for item in value for one in (between_commas(item) if isinstance(item, str) else [item])]
+    return value
+
+
 _PLAIN = {
     "float_parsing": "must be a number",
     "float_type": "must be a number",

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.base import BaseConfig, between_commas
 from rlhf_core.config.online import RewardConfig
 
 
@@ -29,13 +29,7 @@ class FlawDetectionConfig(BaseConfig):
         1.0, description="Score of the verifier from which a completion is right; larger calls fewer of them right."
     )
 
-    @field_validator("detectors", mode="before")
-    @classmethod
-    def _between_commas(cls, value: Any) -> Any:
-        parts = [value] if isinstance(value, str) else value
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-            return value
-        return [one.strip() for part in parts for one in part.split(",") if one.strip()]
+    _names = field_validator("detectors", mode="before")(between_commas)
 
 
 class FlawRunConfig(FlawDetectionConfig):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.base import BaseConfig, between_commas
 from rlhf_core.config.training import ModelConfig
 
 FEWSHOT_SEED = 1234
@@ -74,10 +74,4 @@ class LmEvalRunConfig(LmEvalConfig):
         None, min_length=1, description="Directory that gets lm_eval.json: every metric, and its value for each row."
     )
 
-    @field_validator("tasks", "include_path", mode="before")
-    @classmethod
-    def _between_commas(cls, value: Any) -> Any:
-        parts = [value] if isinstance(value, str) else value
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-            return value
-        return [one.strip() for part in parts for one in part.split(",") if one.strip()]
+    _names = field_validator("tasks", "include_path", mode="before")(between_commas)
