@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rlhf_core.contracts.merger import Merger
+from rlhf_core.infra.devices import one_thread
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.forked_calls import may_fork
 from rlhf_core.merging.merge_input import MergeInput
@@ -59,7 +60,7 @@ class MergeExecution:
         tensors = [one for one in self.plan.tensors if one.name not in self.output.done]
         total = sum(one.nbytes for one in self.plan.tensors)
         done = total - sum(one.nbytes for one in tensors)
-        with _single_threaded_operations(), torch.inference_mode():
+        with one_thread(), torch.inference_mode():
             with guarded(self.merger, "looking at all tensors"):
                 self._surveyed = self.merger.survey(_Streams(self))
             self._report(done, total)
@@ -137,14 +138,3 @@ def _copied(tensor: PlannedTensor) -> Iterator[tuple[int, torch.Tensor]]:
                     fix="store the same values in every model, or merge models that have them",
                 )
         yield start, values
-
-
-@contextmanager
-def _single_threaded_operations() -> Iterator[None]:
-    """Keep torch from using threads in single operations: several tensors are merged at once instead."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

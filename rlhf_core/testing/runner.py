@@ -40,9 +40,12 @@ def contract_of(kind: str) -> type[Contract]:
 
 def run_checks(contract: type[Contract]) -> Iterator[CheckResult]:
     """Run the checks of a contract in order, and yield each result."""
+    from rlhf_core.infra.devices import one_thread
+
     for name in contract.checks():
         began = time.perf_counter()
-        with _quiet(), _one_thread():
+        # With tensors this small threads mostly wait for each other, on a busy machine for minutes.
+        with _quiet(), one_thread():
             status, reason = _run(contract, name)
         yield CheckResult(name, status, reason, time.perf_counter() - began)
 
@@ -106,19 +109,6 @@ def _why_failed(error: Exception) -> str:
     if isinstance(error, AssertionError | RLHFError):
         return " ".join(str(error).split()) or "assertion failed"
     return describe_error(error)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: with tensors this small, threads mostly wait for each other, on a busy machine for minutes."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -148,24 +148,20 @@ def measured_speed(precision: str = "float32") -> float:
     """Return this machine's operations per second in matrix products of a precision; on a GPU always 16 bits."""
     import torch
 
-    from rlhf_core.infra.devices import DeviceManager
+    from rlhf_core.infra.devices import DeviceManager, one_thread
 
     device = DeviceManager().device
     kind = torch.float32 if device.type == "cpu" and precision not in ("bf16", "fp16") else torch.bfloat16
     side = 1024 if device.type == "cpu" else 4096
     one = torch.ones(side, side, dtype=kind, device=device)
     # Threads that wait for each other would measure what else runs at the moment, so one thread stands for all.
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with one_thread():
         (one @ one).sum().item()
         fastest, end = math.inf, time.monotonic() + 0.2
         while (began := time.monotonic()) < end:
             (one @ one).sum().item()
             fastest = min(fastest, time.monotonic() - began)
-    finally:
-        torch.set_num_threads(before)
-    return 2.0 * side**3 * (before if device.type == "cpu" else 1) / fastest
+    return 2.0 * side**3 * (torch.get_num_threads() if device.type == "cpu" else 1) / fastest
 
 
 def readable_time(seconds: float) -> str:
