@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow, read_prompts
+from rlhf_core.evaluation.image_files import check_image
 from rlhf_core.generation.kept_backend import forget_kept
 from rlhf_core.generation.sampled_rows import sample_rows, samples_of_row
 from rlhf_core.generation.sampler_models import policies_of
@@ -206,20 +207,7 @@ def plot_comparison(results: Sequence[SamplerScore], path: Path) -> None:
 
 def check_plot(path: Path) -> None:
     """Raise `ConfigError` where an image can't be drawn there, before anything is computed for it."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        raise ConfigError(
-            "drawing needs matplotlib, which isn't installed", place="--plot", fix="pip install 'rlhf-core[plot]'"
-        ) from None
-    kinds = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise ConfigError(
-            "matplotlib can't write this image format",
-            place="--plot",
-            got=str(path),
-            fix=f"use a path that ends in .png or .svg ({', '.join(sorted(kinds))})",
-        )
+    check_image(path, "--plot")
     if not path.absolute().parent.is_dir():
         raise ConfigError("the directory of the image doesn't exist", place="--plot", got=str(path), fix="make it")
 

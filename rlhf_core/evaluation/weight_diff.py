@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.infra.errors import ConfigError, ModelError
+from rlhf_core.evaluation.image_files import check_image
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.merging.input_model import InputModel
 from rlhf_core.merging.open_model import open_model
@@ -202,23 +203,10 @@ def draw(found: Difference, path: Path) -> None:
         ConfigError: matplotlib isn't installed, or draws no files of that kind.
         StorageError: the file can't be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "drawing the difference needs matplotlib, which isn't installed",
-            place="--picture",
-            fix="pip install 'rlhf-core[plot]'",
-        ) from None
-    kinds = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise ConfigError(
-            "matplotlib can't write this image format",
-            place="--picture",
-            got=str(path),
-            fix=f"use a path that ends in .png or .svg ({', '.join(sorted(kinds))})",
-        )
+    check_image(path, "--picture")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     table = found.by_layer()
     columns = [part for part in PARTS if any(part in cells for cells in table.values())]
     rows = list(table)

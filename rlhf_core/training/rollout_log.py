@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.infra.errors import printable
 from rlhf_core.infra.files import replace_file, storage_errors
-from rlhf_core.training.row_log import RowLog, encoded, last_message, packed_tokens, shortened
+from rlhf_core.training.row_log import RowLog, encoded, last_message, packed_tokens, read_row_log, shortened
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import RolloutsConfig
@@ -154,10 +154,7 @@ def read_rollouts(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     Raises:
         StorageError: the file can't be read.
     """
-    with storage_errors(path):
-        lines = path.read_bytes().split(b"\n")[:-1]
-    found = [row_of(line) for line in lines]
-    return [row for row in found if row is not None], [n for n, row in enumerate(found, 1) if row is None]
+    return read_row_log(path, row_of)
 
 
 def groups_of(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

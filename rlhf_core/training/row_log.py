@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,25 @@ class RowLog:
         if self.path is not None and self.path.exists():
             with storage_errors(self.path):
                 fsync_file(self.path)
+
+
+def read_row_log(
+    path: Path, row_of: Callable[[bytes], dict[str, Any] | None]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the rows of a log, also one that a run is writing, and the numbers of its damaged lines, from 1.
+
+    A last line without its end is neither: the run is writing it, or was killed while it did.
+
+    Args:
+        row_of: returns the row on a line; None where it is damaged.
+
+    Raises:
+        StorageError: the file can't be read.
+    """
+    with storage_errors(path):
+        lines = path.read_bytes().split(b"\n")[:-1]
+    found = [row_of(line) for line in lines]
+    return [row for row in found if row is not None], [n for n, row in enumerate(found, 1) if row is None]
 
 
 def encoded(row: Mapping[str, Any]) -> str:

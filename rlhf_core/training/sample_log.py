@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.infra.files import replace_file, storage_errors
-from rlhf_core.training.row_log import RowLog, encoded, packed_tokens, shortened
+from rlhf_core.infra.files import replace_file
+from rlhf_core.training.row_log import RowLog, encoded, packed_tokens, read_row_log, shortened
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import SamplesConfig
@@ -133,10 +133,7 @@ def read_samples(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     Raises:
         StorageError: the file can't be read.
     """
-    with storage_errors(path):
-        lines = path.read_bytes().split(b"\n")[:-1]
-    found = [_row_of(line) for line in lines]
-    return [row for row in found if row is not None], [n for n, row in enumerate(found, 1) if row is None]
+    return read_row_log(path, _row_of)
 
 
 @dataclass

@@ -30,8 +30,18 @@ class Line:
     """Whether each point has a mark."""
 
 
+class Captioned:
+    """A chart whose notes stand below it."""
+
+    notes: Sequence[str]
+
+    @property
+    def caption(self) -> str:
+        return " ".join(self.notes)
+
+
 @dataclass(frozen=True)
-class LineChart:
+class LineChart(Captioned):
     """Curves over a common axis."""
 
     title: str
@@ -42,13 +52,9 @@ class LineChart:
     """Whether the vertical axis is logarithmic, if all values allow it."""
     notes: Sequence[str] = ()
 
-    @property
-    def caption(self) -> str:
-        return " ".join(self.notes)
-
 
 @dataclass(frozen=True)
-class Histogram:
+class Histogram(Captioned):
     """Shares of values in bins, of one or more samples."""
 
     title: str
@@ -59,13 +65,9 @@ class Histogram:
     y_label: str = "share"
     notes: Sequence[str] = ()
 
-    @property
-    def caption(self) -> str:
-        return " ".join(self.notes)
-
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(Captioned):
     """Horizontal bars, each divided into parts."""
 
     title: str
@@ -74,10 +76,6 @@ class Bars:
     """Label → the length of that part in each row."""
     x_label: str
     notes: Sequence[str] = ()
-
-    @property
-    def caption(self) -> str:
-        return " ".join(self.notes)
 
 
 @dataclass(frozen=True)
@@ -92,17 +90,13 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Intervals:
+class Intervals(Captioned):
     """Values with their intervals, a row each; those of one row have different labels, such as before and after."""
 
     title: str
     items: Sequence[Interval]
     x_label: str = ""
     notes: Sequence[str] = ()
-
-    @property
-    def caption(self) -> str:
-        return " ".join(self.notes)
 
 
 @dataclass(frozen=True)
@@ -116,16 +110,12 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Timeline:
+class Timeline(Captioned):
     """When things ran."""
 
     title: str
     spans: Sequence[Span]
     notes: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def caption(self) -> str:
-        return " ".join(self.notes)
 
 
 Chart = LineChart | Histogram | Bars | Intervals | Timeline

@@ -27,6 +27,7 @@ from rlhf_core.evaluation.report.pipeline_files import PipelineHistory, StageHis
 from rlhf_core.evaluation.report.run_files import RunHistory, is_number, number_of
 from rlhf_core.evaluation.report.run_sections import (
     TONES,
+    facts_block,
     moment,
     notes_of,
     options_section,
@@ -79,14 +80,7 @@ def pipeline_sections(pipelines: Pipelines, drawing: PageCharts) -> list[Section
 
 def pipeline_overview(pipelines: Pipelines) -> Section:
     """Return the first section: how the pipeline ended, and what couldn't be read."""
-    blocks: list[Block] = []
-    if len(pipelines) == 1:
-        blocks.append(Facts(_facts(pipelines[0])))
-    else:
-        facts = [dict(_facts(one)) for one in pipelines]
-        names = list(dict.fromkeys(name for one in facts for name in one))
-        rows = [[Cell(name), *(one.get(name, Cell("–", "muted")) for one in facts)] for name in names]
-        blocks.append(Table(["", *(one.name for one in pipelines)], rows))
+    blocks = [facts_block([(one.name, _facts(one)) for one in pipelines])]
     for one in pipelines:
         prefix = f"{one.name}: " if len(pipelines) > 1 else ""
         for key in ("message", "reason"):

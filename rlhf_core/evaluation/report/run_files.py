@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -205,19 +205,34 @@ def read_rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
     A last line without its end is neither: it is being written, or a kill left it.
     """
+    for _, row in _rows_with_offsets(path, notes, _json_row, longest=_LONGEST_LINE):
+        yield row
+
+
+def _rows_with_offsets(
+    path: Path, notes: list[str], row_of: Callable[[bytes], dict[str, Any] | None], *, longest: int = -1
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a JSONL file as `read_rows` does, each with the offset of its line.
+
+    Args:
+        row_of: returns the row on a line; None where it is none.
+        longest: bytes of a line that are read; -1 reads all.
+    """
     if not path.is_file():
         return
     damaged: list[int] = []
+    offset = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+            for number, line in enumerate(iter(lambda: file.readline(longest), b""), 1):
                 if not line.endswith(b"\n"):
                     break
-                row = _json_row(line)
+                row = row_of(line)
                 if row is None:
                     damaged.append(number)
                 else:
-                    yield row
+                    yield offset, row
+                offset += len(line)
     except OSError as error:
         notes.append(f"{path.name} can't be read: {error.strerror or error}")
     note_damage(path.name, damaged, notes)
@@ -303,27 +318,10 @@ def _samples(run: RunHistory) -> list[PromptSamples]:
 
 def _rollouts(run: RunHistory) -> list[RolloutFigures]:
     """Return the figures of every kept completion; texts stay in the file, which may be large."""
-    path = run.path / ROLLOUTS
-    if not path.is_file():
-        return []
-    found: list[RolloutFigures] = []
-    damaged: list[int] = []
-    try:
-        with path.open("rb") as file:
-            offset = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                row = row_of(line)
-                if row is None:
-                    damaged.append(number)
-                else:
-                    reward, advantage = number_of(row["reward"]), number_of(row.get("advantage"))
-                    found.append(RolloutFigures(row["step"], row["place"], row["row"], reward, advantage, offset))
-                offset += len(line)
-    except OSError as error:
-        run.notes.append(f"{ROLLOUTS} can't be read: {error.strerror or error}")
-    note_damage(ROLLOUTS, damaged, run.notes)
+    found = []
+    for offset, row in _rows_with_offsets(run.path / ROLLOUTS, run.notes, row_of):
+        reward, advantage = number_of(row["reward"]), number_of(row.get("advantage"))
+        found.append(RolloutFigures(row["step"], row["place"], row["row"], reward, advantage, offset))
     return found
 
 

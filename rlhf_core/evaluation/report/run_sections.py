@@ -78,20 +78,23 @@ def run_sections(runs: Runs, drawing: PageCharts) -> list[Section]:
 
 def overview(runs: Runs) -> Section:
     """Return the first section: what ran, how it ended, and what couldn't be read."""
-    blocks: list[Block] = []
-    if len(runs) == 1:
-        blocks.append(Facts(run_facts(runs[0])))
-    else:
-        facts = [dict(run_facts(run)) for run in runs]
-        names = list(dict.fromkeys(name for one in facts for name in one))
-        rows = [[Cell(name), *(one.get(name, Cell("–", "muted")) for one in facts)] for name in names]
-        blocks.append(Table(["", *(run.name for run in runs)], rows))
+    blocks = [facts_block([(run.name, run_facts(run)) for run in runs])]
     for run in runs:
         if message := run.record.get("message"):
             who = run.name if len(runs) > 1 else "It"
             blocks.append(Paragraph(f"{who} ended with: {message}", "bad"))
         blocks += notes_of(run, named=len(runs) > 1)
     return Section("Overview", blocks)
+
+
+def facts_block(named: Sequence[tuple[str, list[tuple[str, Cell]]]]) -> Block:
+    """Return the figures at the top of what is reported: of one as a list, of several beside each other, under their names."""
+    if len(named) == 1:
+        return Facts(named[0][1])
+    columns = [dict(facts) for _, facts in named]
+    names = list(dict.fromkeys(name for one in columns for name in one))
+    rows = [[Cell(name), *(one.get(name, Cell("–", "muted")) for one in columns)] for name in names]
+    return Table(["", *(name for name, _ in named)], rows)
 
 
 def notes_of(run: RunHistory, *, named: bool) -> list[Block]:
