@@ -49,6 +49,36 @@ def test_a_class_name_means_one_thing() -> None:
     assert {name: of for name, of in places.items() if len(of) > 1} == {}
 
 
+def long_functions(source: str) -> list[tuple[str, int, int]]:
+    """Return the functions that are too long: name, lines in all, lines of code behind the signature and the docstring.
+
+    A function has at most 60 lines. Where documented arguments alone make it longer, its code has at most 20.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            end = node.end_lineno or node.lineno
+            lines, code = end - node.lineno + 1, end - body[0].lineno + 1 if body else 0
+            if lines > 60 and code > 20:
+                found.append((node.name, lines, code))
+    return found
+
+
+def test_functions_are_short() -> None:
+    found = {str(path.relative_to(ROOT)): long_functions(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert {path: functions for path, functions in found.items() if functions} == {}
+
+
+def test_long_functions_are_found_by_their_code() -> None:
+    docstring = '    """Return.\n' + "    word\n" * 60 + '    """\n'
+    short, long = "    pass\n" * 20, "    pass\n" * 21
+    assert long_functions("def documented():\n" + docstring + short) == []
+    assert long_functions("def documented():\n" + docstring + long) == [("documented", 84, 21)]
+    assert long_functions("class One:\n    async def plain(self):\n" + "        pass\n" * 60) == [("plain", 61, 60)]
+    assert long_functions("def plain():\n" + "    pass\n" * 59) == []
+
+
 def avoided() -> list[str]:
     """Return the words that the glossary's last column says the project doesn't use."""
     rows = re.findall(r"^\|.*\|([^|]*)\|$", (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
