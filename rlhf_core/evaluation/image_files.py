@@ -10,6 +10,7 @@ from rlhf_core.infra.errors import ConfigError
 def check_image(path: Path, place: str) -> None:
     """Raise `ConfigError` where matplotlib isn't installed, or writes no files whose name ends so; `place` is the option."""
     try:
+        import matplotlib.figure  # noqa: F401  # what draws needs both
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
         raise ConfigError(

@@ -248,7 +248,8 @@ def test_adapters_draw_in_an_open_batch() -> None:
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
+                # Larger updates would make rounding larger, too.
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     found: dict[int, Completion] = {}
     with Engine(policy).open() as batch:
         for seed, ids in enumerate(PROMPTS):
