@@ -17,8 +17,9 @@ WORKERS ?= logical
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+# With WITHIN, tests that haven't begun so many minutes after the start are left out.
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile $(if $(WITHIN),--within $(WITHIN))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
