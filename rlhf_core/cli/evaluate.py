@@ -192,5 +192,4 @@ def _describe(run: EvaluationRunConfig, rows: Sequence[PromptRow]) -> None:
 
     print(f"# prompts: {len(rows):,}, {run.completions} completion{'s' * (run.completions > 1)} each")
     print(f"# metrics: {', '.join(metrics_of(run))}")
-    values = run.model_dump(mode="json")
-    print(dump_yaml({key: redact(value, key) for key, value in values.items()}), end="")
+    print(dump_yaml(redact(run.model_dump(mode="json"))), end="")

@@ -57,9 +57,7 @@ def evaluate_tasks(run: LmEvalRunConfig, *, dry_run: bool, overwrite: bool, as_j
         from rlhf_core.config.yaml_file import dump_yaml
         from rlhf_core.infra.redact import redact
 
-        return print_text(
-            dump_yaml({key: redact(value, key) for key, value in run.model_dump(mode="json").items()}).rstrip("\n")
-        )
+        return print_text(dump_yaml(redact(run.model_dump(mode="json"))).rstrip("\n"))
     require_lm_eval()
     path = None if run.output is None else Path(run.output).expanduser() / REPORT_FILE
     if path is not None and path.exists() and not overwrite:

@@ -92,8 +92,8 @@ class SamplingJob:
 
     def resolved(self) -> dict[str, Any]:
         """Return every option as plain values, secrets redacted; as a file they describe the same run."""
-        values = {**self.run.model_dump(mode="json"), **self.options.model_dump(mode="json")}
-        return {key: redact(value, key) for key, value in values.items()}
+        values: dict[str, Any] = redact({**self.run.model_dump(mode="json"), **self.options.model_dump(mode="json")})
+        return values
 
     def to_yaml(self) -> str:
         """Return `resolved` as the text of a configuration file."""

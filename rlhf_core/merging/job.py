@@ -79,10 +79,8 @@ class MergeJob:
         values = self.config.model_dump(mode="json", exclude={"options"})
         main_keys = {key: values[key] for key in ("method", "base")} | {"models": models, "output": values["output"]}
         method_options = {name: value for name, value in options.items() if name not in MergeConfig.KEYS}
-        return {
-            key: redact(value, key)
-            for key, value in {**main_keys, **method_options, **values, "models": models}.items()
-        }
+        found: dict[str, Any] = redact({**main_keys, **method_options, **values, "models": models})
+        return found
 
     def to_yaml(self) -> str:
         """Return `resolved` as the text of a file."""

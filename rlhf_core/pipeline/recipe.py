@@ -122,8 +122,7 @@ class RecipeFile:
 
     def to_yaml(self) -> str:
         """Return the recipe as a file with every key, secrets redacted."""
-        values = self.recipe.model_dump(mode="json")
-        return dump_yaml({key: redact(value, key) for key, value in values.items()})
+        return dump_yaml(redact(self.recipe.model_dump(mode="json")))
 
 
 class RecipeError(ConfigError):

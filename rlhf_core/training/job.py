@@ -75,12 +75,12 @@ class TrainingJob:
             **self.run.model_dump(mode="json", exclude_none=True),
             **self.options.model_dump(mode="json", exclude_unset=True),
         }
-        return "# from the command line\n" + dump_yaml({key: redact(value, key) for key, value in given.items()})
+        return "# from the command line\n" + dump_yaml(redact(given))
 
     def resolved(self) -> dict[str, Any]:
         """Return every option as plain values, secrets redacted; as a file they describe the same run."""
-        values = {**self.run.model_dump(mode="json"), **self.options.model_dump(mode="json")}
-        return {key: redact(value, key) for key, value in values.items()}
+        values: dict[str, Any] = redact({**self.run.model_dump(mode="json"), **self.options.model_dump(mode="json")})
+        return values
 
     def to_yaml(self) -> str:
         """Return `resolved` as the text of a configuration file."""
