@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 METHODS = [f"{kind}:{name}" for kind in ("trainer", "sampler", "merger") for name in sorted(registry.View(kind))]
 
 
+@cache
+def validator(name: str) -> Any:
+    return jsonschema.Draft202012Validator(schema_of(name))
+
+
 def faults(name: str, values: dict[str, Any]) -> list[str]:
-    found = jsonschema.Draft202012Validator(schema_of(name)).iter_errors(values)
-    return [f"{error.json_path}: {error.message}" for error in found]
+    return [f"{error.json_path}: {error.message}" for error in validator(name).iter_errors(values)]
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
