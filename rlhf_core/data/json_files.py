@@ -99,7 +99,9 @@ class JsonLines(TextFile):
             return values
         if isinstance(values, list) and first:
             raise self._array(place)
-        raise DataError("expected one JSON object per line", place=place, got=type(values).__name__)
+        raise DataError(
+            "expected one JSON object per line", place=place, got="null" if values is None else type(values).__name__
+        )
 
     def _malformed(self, text: str, error: json.JSONDecodeError, place: str, *, ended: bool, first: bool) -> DataError:
         if first and text.lstrip().startswith("["):

@@ -80,6 +80,19 @@ def is_plain_message(message: Mapping[Any, Any]) -> bool:
     )
 
 
+def turns_of_columns(value: Any) -> Any:
+    """Return messages that are columns (`{"role": ["user", …], "content": ["Hi", …]}`) as a list of messages, else the value.
+
+    A feature `Sequence({"role": …, "content": …})` of `datasets` has this form.
+    """
+    if not isinstance(value, Mapping) or not any(isinstance(value.get(key), list) for key in _ROLE_KEYS):
+        return value
+    columns = {key: column for key, column in value.items() if column is not None}
+    if not all(isinstance(column, list) for column in columns.values()) or len({*map(len, columns.values())}) > 1:
+        return value
+    return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
+
+
 def pair_keys(entry: Mapping[Any, Any]) -> tuple[str, str] | None:
     """Return the keys of a question and of its answer in an entry of a list, or None where it isn't such a pair."""
     if role_key(entry) is not None:

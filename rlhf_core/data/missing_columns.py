@@ -242,11 +242,15 @@ class _MissingColumn:
 
 
 def hint_of_row(row: Row) -> str | None:
-    """Return what may be wrong with a whole row that lacks columns: a table's first line is a row, or the columns are inside one.
+    """Return what may be wrong with a whole row that lacks columns.
 
-    None where neither can be seen.
+    A table's first line is a row, the columns are inside one, or the row is token ids.
+
+    None where nothing of these can be seen.
     """
     names = [str(key) for key in row.values]
+    if "input_ids" in names and not any(folded_name(name) in KNOWN for name in names):
+        return "these rows are token ids already: give the texts that they were made from"
     known = any(folded_name(name) in KNOWN for name in names)
     if _TABLE.search(row.place) and not known and any(_NO_NAME.search(name) for name in names):
         return "the first line of such a file names the columns, as `prompt,response` does: write one above the rows"

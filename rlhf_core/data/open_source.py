@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -467,5 +467,23 @@ def _dataset(data: Any, name: str, split: str) -> RowSource:
         "not data that can be read",
         place=name,
         got=type(data).__name__,
-        fix="give a path, several paths, a hub name, a `datasets` object, or a list of rows",
+        fix=_made_rows(data) or "give a path, several paths, a hub name, a `datasets` object, or a list of rows",
     )
+
+
+def _made_rows(data: Any) -> str | None:
+    """Return how rows are made of an object that holds some in another form; None of any other object."""
+    if type(data).__name__ == "DataFrame":
+        make = (
+            "datasets.Dataset.from_polars"
+            if type(data).__module__.startswith("polars")
+            else "datasets.Dataset.from_pandas"
+        )
+    elif isinstance(data, Mapping):
+        lists = bool(data) and all(isinstance(column, list) for column in data.values())
+        make = "datasets.Dataset.from_dict" if lists else "datasets.DatasetDict"
+    elif isinstance(data, Iterator):
+        make = "list"
+    else:
+        return None
+    return f"give `{make}(…)` of it"

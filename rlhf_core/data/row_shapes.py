@@ -21,6 +21,7 @@ from rlhf_core.data.messages import (
     read_dialogue,
     read_messages,
     role_key,
+    turns_of_columns,
 )
 from rlhf_core.infra.errors import DataError, shortened
 
@@ -426,12 +427,12 @@ class _RowColumns:
 
 
 def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with turns that are JSON text decoded, as CSV files have them.
+    """Return a row with turns that are JSON text decoded, as CSV files have them, or columns, as `datasets` has sequences.
 
     These may be prompts and conversations, and the responses beside them. An `input` that is a request with `messages` and
     `tools`, as in OpenAI's preference files, is replaced by columns `prompt` and `tools`.
     """
-    result = dict(values)
+    result = {name: turns_of_columns(value) for name, value in values.items()}
     request = result.get("input")
     if isinstance(request, Mapping) and value_kind(request.get("messages")) in TURNS and "prompt" not in result:
         result |= {"prompt": request["messages"], **({"tools": request["tools"]} if "tools" in request else {})}

@@ -326,7 +326,7 @@ class _TurnSplitter:
         """Warn of reasoning and tool calls that the rendered text lacks; return whether anything of the turn is left to train on.
 
         Raises:
-            ModelError: the template drops the turn's reasoning.
+            ModelError: the template drops the turn's reasoning, or its whole content.
         """
         message, text = self.chat.messages[turn.number], self.whole[turn.start : turn.end]
         last = self._is_last(turn)
@@ -347,6 +347,13 @@ class _TurnSplitter:
                     fix=f"give a template that keeps it by `{OPTION}`, or leave the reasoning out of the data",
                 )
             self.turns.lost.append(UNUSED.format(key))
+        content = message["content"]
+        if content.strip() and not _holds(text, content) and self._leaves_out(turn.number):
+            raise ModelError(
+                f"{UNUSED_ROLE.format('assistant')}, so nothing of message {turn.number} could be trained on",
+                place=self.chat.place,
+                fix=f"give a template that does by `{OPTION}`",
+            )
         rendered = not message.get("tool_calls") or not self._ignores_calls(turn.number)
         if not rendered:
             self.turns.lost.append(UNUSED.format("tool_calls"))

@@ -95,7 +95,7 @@ class ModelMerger:
             raise ConfigError(
                 f"{config.method} works on differences from a base model, and none is given",
                 place="base",
-                fix="give `--base`",
+                fix="give `--base`, in a file `base` (mergekit's: `base_model`)",
             )
         require_count(config.models, merger.models, config.method)
         if config.chat_template is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from rlhf_core.config.training import LoraConfig
-from rlhf_core.infra.errors import ConfigError, ModelError, RLHFError, describe_error
+from rlhf_core.infra.errors import ConfigError, ModelError, RLHFError
 from rlhf_core.infra.model_files import (
     ADAPTER_WEIGHTS,
     HEADS,
@@ -31,8 +31,8 @@ from rlhf_core.infra.model_files import (
     kind_of,
     locate,
     lost_base,
-    no_such_model,
 )
+from rlhf_core.models.load_errors import load_error, other_architecture, tokenizer_error, warn_of_layers
 from rlhf_core.models.lora import Targets, wanted_targets
 from rlhf_core.models.new_tokens import add_to_tokenizer
 from rlhf_core.models.precision import has_narrow_constants
@@ -177,13 +177,14 @@ class _ModelFiles:
         from transformers import AutoTokenizer
 
         last: Exception | None = None
-        for place in dict.fromkeys([*self.adapters[::-1], self.base]):
+        places = list(dict.fromkeys([*self.adapters[::-1], self.base]))
+        for place in places:
             try:
                 return AutoTokenizer.from_pretrained(place, **self.options)
             except (OSError, ValueError) as error:
                 last = error
         assert last is not None
-        raise last
+        raise tokenizer_error(places, last) or last
 
     def dtypes(self) -> SavedDtypes:
         """Return the dtypes of the base's tensors, from its files, or on the hub from its configuration; float32 for GGUF."""
@@ -228,6 +229,7 @@ def _load_base(
         model, info = load(dtype=torch.float32)
     if files.is_gguf:
         _forget_gguf(model)
+    warn_of_layers(files.base, model.config, info["unexpected_keys"])
     return model, {name for name in info["missing_keys"] if not (labels and name.startswith("score."))}
 
 
@@ -355,6 +357,13 @@ def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base
             got=f"no `{absent[0]}`",
             fix="use a reward model's checkpoint, or train one: `rlhf train reward_model`",
         )
+    if (kind := other_architecture(model)) is not None:
+        raise ModelError(
+            f"the checkpoint is a {kind}, and no language model",
+            place=source,
+            got=f"no `{absent[0]}`",
+            fix="name the language model that it was made from",
+        )
     raise ModelError(
         "the checkpoint lacks weights, which would be random",
         place=source,
@@ -462,7 +471,7 @@ def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _load_error(str(source), error) from error
+        raise load_error(str(source), error) from error
     return str((getattr(config, "architectures", None) or [""])[0])
 
 
@@ -539,17 +548,4 @@ def _load_errors(source: str) -> Iterator[None]:
     except RLHFError:
         raise
     except Exception as error:
-        raise _load_error(source, error) from error
-
-
-def _load_error(source: str, error: Exception) -> ModelError:
-    """Return the error of a model that transformers couldn't load, by the reason that its exception gives."""
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            "the model needs code that its repository ships",
-            place=source,
-            fix="set `trust_remote_code: true` where you trust that code",
-        )
-    if not Path(source).exists():
-        return no_such_model(source, error)
-    return ModelError("the model can't be loaded", place=source, got=describe_error(error, lines=2))
+        raise load_error(source, error) from error

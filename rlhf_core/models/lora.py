@@ -130,6 +130,9 @@ def _targets(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str, lis
     modules = _names_or_pattern(config.target_modules, "lora.target_modules")
     if isinstance(modules, str):
         return modules, list(config.target_parameters)
+    if not modules and not config.target_parameters:
+        fix = "name modules, write `all-linear`, or leave the option out"
+        raise ConfigError("names no module", place="lora.target_modules", fix=fix)
     names = [name for name, _ in model.named_modules()]
     matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
     as_parameters = [name for name in modules if _unmatched([name], names) and not _unmatched([name], matrices)]
@@ -198,7 +201,8 @@ def _names_or_pattern(targets: list[str] | str, place: str) -> list[str] | str:
         ConfigError: the text is no regular expression.
     """
     if not isinstance(targets, str):
-        return targets
+        # One entry may hold several names, as a flag's value does.
+        return [name.strip() for entry in targets for name in entry.split(",") if name.strip()]
     if targets.lower() == "all-linear" and place == "lora.target_modules":
         return "all-linear"
     names = [name.strip() for name in targets.split(",") if name.strip()]
@@ -228,6 +232,10 @@ def _unknown_target(model: nn.Module, missing: str, names: Iterable[str], place:
     """
     leaves = {part for name in names if (part := name.rsplit(".", 1)[-1]) and not part.isdigit()}
     ends = {".".join(name.split(".")[-2:]) for name in names}
+    if missing.casefold().replace("_", "-") in ("all-linear", "all", "linear") and place == "lora.target_modules":
+        return ConfigError(
+            f"the model has no module `{missing}`", place=place, fix="write `all-linear` for every linear layer"
+        )
     near = did_you_mean(missing.rsplit(".", 1)[-1] if missing not in leaves else missing, leaves)
     if "." in missing and (closest := nearest(missing, ends)):
         near = f"did you mean `{closest}`?"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
 
 from rlhf_core.data.data_survey import survey_data
@@ -127,3 +129,19 @@ def test_an_object_over_lines_at_either_end_of_a_file() -> None:
     assert error.startswith("over.jsonl:2: an object that begins in this line isn't complete") and kept == 1
     (error,), kept = mistakes_of(f'{{\n "prompt": "e"\n "response": "f"\n}}\n{ROW}')
     assert error.startswith("over.jsonl:3:2: not valid JSON") and kept == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "fix"),
+    [
+        (({"prompt": "a", "response": "b"} for _ in range(2)), "give `list(…)` of it"),
+        ({"prompt": ["a"], "response": ["b"]}, "give `datasets.Dataset.from_dict(…)` of it"),
+        (pandas.DataFrame({"prompt": ["a"], "response": ["b"]}), "give `datasets.Dataset.from_pandas(…)` of it"),
+        (3, "give a path, several paths, a hub name, a `datasets` object, or a list of rows"),
+    ],
+    ids=["generator", "columns", "data frame", "number"],
+)
+def test_an_object_that_holds_rows_in_another_form(data: Any, fix: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(data)
+    assert caught.value.fix == fix

@@ -288,3 +288,17 @@ def test_any_rows_of_any_type_give_rows_or_faults(rows, record, format):
 def test_lines_are_written_as_they_are_read(jsonl):
     rows = [{"prompt": "é😀", "response": "\u2028"}]
     assert [dict(row.values) for row in open_source(jsonl(lines(rows))).rows()] == rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", GOOD.decode()), ("a.csv", "prompt,response\na,b\n")])
+def test_utf_16_is_called_so(tmp_path, encoding, name, text):
+    path = tmp_path / name
+    path.write_bytes(("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding))
+    assert fault(path) == f"{path}:1: is UTF-16, not UTF-8; fix: save the file as UTF-8"
+
+
+def test_rows_of_token_ids_are_called_so():
+    assert fault([{"input_ids": [1], "labels": [1]}]).endswith(
+        "fix: these rows are token ids already: give the texts that they were made from"
+    )

@@ -632,3 +632,30 @@ def test_turns_that_nothing_asks_for_or_answers_are_no_lesson(tiny, caplog, stre
         with pytest.raises(DataError, match=r"data\[0\]: the conversation (begins|ends).*unset `dataset.strict`"):
             list(opened(tiny, [{"conversations": part}], streaming=streaming, strict=True))
     assert example({"messages": [A, U, A, U], "label": True}, "unpaired").prompt == [A, U]
+
+
+@pytest.mark.parametrize(
+    ("record", "row", "columns"),
+    [
+        (
+            "sft",
+            {"messages": [U, A]},
+            {"messages": {"role": ["user", "assistant"], "content": [U["content"], A["content"]]}},
+        ),
+        (
+            "sft",
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}},
+        ),
+        (
+            "preference",
+            {"chosen": [U, A], "rejected": [U, {**A, "content": "no"}]},
+            {
+                key: {"role": ["user", "assistant"], "content": [U["content"], answer]}
+                for key, answer in (("chosen", A["content"]), ("rejected", "no"))
+            },
+        ),
+    ],
+)
+def test_messages_as_columns_are_the_messages(tiny, record, row, columns):
+    assert words(tiny, columns, record) == words(tiny, row, record)

@@ -293,3 +293,18 @@ def test_a_second_answer_in_a_row_that_is_not_rendered():
     family = replace(chatml(PLAIN), template=once)
     with pytest.raises(ModelError, match=r"doesn't render role `assistant` where it follows itself \(message 2\)"):
         outcomes(family, {"messages": [ASK, REPLY, REPLY, ASK, REPLY]})
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["hello {{ x }}", "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"],
+)
+@pytest.mark.parametrize(
+    ("record", "row"),
+    [("sft", {"messages": [ASK, REPLY]}), ("preference", {"prompt": [ASK], "chosen": "b", "rejected": "c"})],
+)
+def test_a_template_without_the_answer_trains_nothing(template, record, row):
+    with pytest.raises(
+        ModelError, match="doesn't render role `assistant`, so nothing of message 1 could be trained on"
+    ):
+        outcomes(replace(FAMILIES["ChatML"], template=template), row, record)

@@ -81,6 +81,7 @@ TARGETS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "whole modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"q_proj"}),
     "rank-stabilised": ("llama", {"target_modules": ["q_proj"], "use_rslora": True}, {"q_proj"}),
     "DoRA": ("llama", {"target_modules": ["q_proj"], "use_dora": True}, {"q_proj"}),
+    "names between commas in one entry": ("llama", {"target_modules": ["q_proj,v_proj"]}, {"q_proj", "v_proj"}),
     "names between commas": ("llama", {"target_modules": "q_proj, v_proj"}, {"q_proj", "v_proj"}),
     "experts by the names they had": (
         "mixtral",
@@ -123,6 +124,14 @@ def test_targets_are_pefts_and_what_is_saved_loads_there_and_here(
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "every layer": (
+        {"target_modules": ["all_linear"]},
+        r"lora.target_modules: the model has no module `all_linear`; fix: write `all-linear` for every linear layer",
+    ),
+    "none": (
+        {"target_modules": []},
+        r"lora.target_modules: names no module; fix: name modules",
+    ),
     "a slip": (
         {"target_modules": ["q_prj"]},
         r"lora.target_modules: the model has no module `q_prj`; fix: did you mean `q_proj`",

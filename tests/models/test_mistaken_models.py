@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.model_files import check_files, locate
 from rlhf_core.models import PolicyModel
-from rlhf_core.testing.tiny import save_tiny
+from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 269060552\n"
 
@@ -103,3 +111,64 @@ def test_a_pointer_of_git(model: Path, name: str) -> None:
 def test_a_model_without_weights(model: Path) -> None:
     (model / "model.safetensors").unlink()
     assert "models/tiny: has a config.json, and no weights; fix: copy its files" in refused_weights(model)
+
+
+def test_the_kind_of_a_checkpoint_that_is_no_language_model(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    encoder = {"vocab_size": 272, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    for model, said in (
+        (
+            LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=3)),
+            "the checkpoint is a LlamaForSequenceClassification, and no language model; got no `lm_head.weight`",
+        ),
+        (LlamaModel(LlamaConfig(**sizes)), "the checkpoint is a LlamaModel, and no language model"),
+        (
+            T5ForConditionalGeneration(T5Config(**encoder, decoder_start_token_id=0)),
+            "the model is no causal language model, or none that transformers has; got a model of the family T5",
+        ),
+    ):
+        place = tmp_path / type(model).__name__
+        model.save_pretrained(place)
+        tiny_tokenizer().save_pretrained(place)
+        with pytest.raises(ModelError) as caught:
+            PolicyModel.from_pretrained(place)
+        assert str(caught.value).startswith(f"{place}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (
+            "vocab_size", 100,
+            "the weights have other shapes than config.json describes; got `model.embed_tokens.weight` is [263, 64], and"
+            " config.json makes it [100, 64]",
+        ),
+        ("num_hidden_layers", 1, "the checkpoint's layers from number 1 on (1 in all) are left out"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_was_changed_since(
+    model: Path, caplog: pytest.LogCaptureFixture, key: str, value: int, said: str
+) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    try:
+        PolicyModel.from_pretrained(model)
+    except ModelError as error:
+        assert said in str(error)
+    else:
+        assert said in caplog.text
+
+
+def test_a_model_without_its_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="models/tiny: its tokenizer can't be read; got Expecting property name"):
+        PolicyModel.from_pretrained("models/tiny")
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="models/tiny: has no tokenizer; got none of tokenizer"):
+        PolicyModel.from_pretrained("models/tiny")
