@@ -13,8 +13,15 @@ from rlhf_core.cli.evaluate_tasks import evaluate_tasks, load_task_run, names_ta
 from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_json, print_note, print_table, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
-from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.cli.resumable_output import (
+    OverwriteOption,
+    ResumeOption,
+    check_apart,
+    output_path,
+    output_state,
+    stoppable,
+)
+from rlhf_core.infra.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from rlhf_core.config.evaluation import EvaluationRunConfig
@@ -87,12 +94,18 @@ def evaluate(
     directory = output_path(run.output, resume=resume, overwrite=overwrite)
     before = None if compare is None else EvaluationReport.load(compare)
     rows = read_run_prompts(run)
-    if dry_run:
-        return _describe(run, rows)
     if directory is not None:
         from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE, EVALUATED
 
+        if directory.is_file():
+            raise StorageError("is a file, not a directory", place=str(directory), fix="choose another `--output`")
         check_apart(directory / COMPLETIONS_FILE, [*run.prompts, *run.preferences])
+    if dry_run:
+        state = (
+            "" if directory is None else output_state(directory / COMPLETIONS_FILE, resume=resume, overwrite=overwrite)
+        )
+        return _describe(run, rows, state)
+    if directory is not None:
         EVALUATED.check_output(directory / COMPLETIONS_FILE, resume=resume, overwrite=overwrite)
     report = _evaluated(_opened(run, rows), directory, resume=resume, overwrite=overwrite)
     return _print(report, before, directory, as_json=as_json)
@@ -184,12 +197,14 @@ def _cells(name: str, one: Estimate, differences: Mapping[str, Estimate] | None)
     return (*cells, f"{apart.value:+.4g}" + ("" if apart.error is None else f" ± {apart.error:.2g}"))
 
 
-def _describe(run: EvaluationRunConfig, rows: Sequence[PromptRow]) -> None:
-    """Print the resolved configuration as a valid file, headed by comments on what would be measured."""
+def _describe(run: EvaluationRunConfig, rows: Sequence[PromptRow], state: str) -> None:
+    """Print the resolved configuration as a valid file, headed by comments on what would be measured and done with `output`."""
     from rlhf_core.config.yaml_file import dump_yaml
     from rlhf_core.evaluation.evaluation_job import metrics_of
     from rlhf_core.infra.redact import redact
 
     print(f"# prompts: {len(rows):,}, {run.completions} completion{'s' * (run.completions > 1)} each")
     print(f"# metrics: {', '.join(metrics_of(run))}")
+    if state:
+        print(f"# output: {run.output} ({state})")
     print(dump_yaml(redact(run.model_dump(mode="json"))), end="")

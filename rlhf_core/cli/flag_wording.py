@@ -11,12 +11,16 @@ from rlhf_core.infra.errors import RLHFError
 _COLUMNS = re.compile(r"(set )?`((?:dataset\.)?columns)`(?: to|, such as) `(\{[^`]*\})`")
 _LEFT_OUT = re.compile(r"leave `(\w+)` out of `((?:dataset\.)?columns)`")
 _OPTION = re.compile(r"(?<!unknown option )`(dataset\.[a-z_]+(?:\.\w+)*|max_length)`")
+_OF_REWARD = re.compile(r"`?(?:--)?rewards?\b")
 _PLACE = re.compile(r"dataset(\.\w+)+")
 
 
 def say_in_flags(errors: Iterable[RLHFError]) -> None:
-    """Have mistakes, and those in their `also`, name options on how rows are read by their flags."""
+    """Have mistakes, and those in their `also`, name options on how rows are read by their flags; not those of rewards."""
     for error in errors:
+        if _OF_REWARD.match(error.problem) or _OF_REWARD.match(error.place or ""):
+            say_in_flags(error.also)
+            continue  # a reward's options may have the same names
         error.problem, error.fix = in_flags(error.problem), error.fix and in_flags(error.fix)
         error.args = (error.problem,)
         if error.place is not None and _PLACE.fullmatch(error.place):

@@ -38,6 +38,13 @@ def output_path(output: str | None, *, resume: bool, overwrite: bool) -> Path | 
     return None
 
 
+def output_state(path: Path, *, resume: bool, overwrite: bool) -> str:
+    """Return what would be done with a file of rows, as a phrase."""
+    if not path.exists() or not path.stat().st_size:
+        return "new"
+    return "continued" if resume else "replaced" if overwrite else "exists: needs --resume or --overwrite"
+
+
 def check_apart(output: Path, sources: Sequence[str]) -> None:
     """Refuse to write rows into a file, or a folder, that they are read from.
 

@@ -17,7 +17,14 @@ from rlhf_core.cli.first_argument import refuse_flag
 from rlhf_core.cli.other_command import refuse_file_of_another
 from rlhf_core.cli.printing import print_heading, print_json_line, print_note, print_text, print_wrapped
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
-from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
+from rlhf_core.cli.resumable_output import (
+    OverwriteOption,
+    ResumeOption,
+    check_apart,
+    output_path,
+    output_state,
+    stoppable,
+)
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import ModelConfig
@@ -92,12 +99,13 @@ def sample(
         refuse_file_of_another(target, "sample", checked=dry_run)
         job = load_sampling_job(target, flags=context.args)
     output = output_path(job.run.output, resume=resume, overwrite=overwrite)
+    if output is not None:
+        check_apart(output, job.run.prompts)
     if dry_run:
         return _describe(job, output, resume=resume, overwrite=overwrite)
     if output is not None:
         from rlhf_core.generation.sample_file import SAMPLES
 
-        check_apart(output, job.run.prompts)
         SAMPLES.check_output(output, resume=resume, overwrite=overwrite)
     return _sample(job, output, resume=resume, overwrite=overwrite, as_json=as_json)
 
@@ -242,9 +250,7 @@ def _describe(job: SamplingJob, output: Path | None, *, resume: bool, overwrite:
         f"prompts: {_rows(len(rows))}, {job.run.n} completion{'s' * (job.run.n > 1)} each",
     ]
     if output is not None:
-        state = "new"
-        if output.exists() and output.stat().st_size:
-            state = "continued" if resume else "replaced" if overwrite else "exists: needs --resume or --overwrite"
+        state = output_state(output, resume=resume, overwrite=overwrite)
         lines.append(f"output: {output} ({state})")
     print("\n".join(f"# {line}" for line in lines))
     print(job.to_yaml(), end="")

@@ -36,6 +36,8 @@ def near_run(path: Path, *, pipelines: bool = False) -> str | None:
     for one in found:
         by_name.setdefault(one.name, []).append(str(one))
     near = [place for name in nearest_names(path.name, by_name) for place in by_name[name]] if path != folder else []
+    if path == folder and len(found) == 1:
+        near = [str(found[0])]
     if near:
         return f"did you mean {either(near)}?"
     listed = ", ".join(str(one) for one in found[:_MOST])

@@ -201,7 +201,7 @@ def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Pat
     (output / "x").touch()
     code, out, err = rlhf(*arguments)
     assert (code, out) == (7, "") and err.startswith(
-        f"error[io] {output}: is not empty, and not a run's directory; fix:"
+        f"error[io] {output}: is not empty and not a run's directory, so it is neither continued nor removed; got x; fix:"
     )
 
 

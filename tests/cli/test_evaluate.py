@@ -82,6 +82,14 @@ def test_a_file_and_flags_and_a_dry_run(rlhf, models: dict[str, str]) -> None:
     assert "temperature: 0.7" in out
     Path("again.yaml").write_text(out)
     assert rlhf("evaluate", "again.yaml", "--dry-run")[1] == out
+    for done, state in ((False, "new"), (True, "exists: needs --resume or --overwrite")):
+        if done:
+            Path("there").mkdir()
+            Path("there/completions.jsonl").write_text("{}\n")
+        assert f"# output: there ({state})\n" in rlhf("evaluate", "e.yaml", "--output", "there", "--dry-run")[1]
+    for more in (["--dry-run"], []):
+        code, _, err = rlhf("evaluate", "e.yaml", "--output", "e.yaml", *more)
+        assert code == 7 and err.startswith("error[io] e.yaml: is a file, not a directory")
     code, out, err = rlhf("evaluate", "e.yaml", "--max-new-tokens", "4", "--json", "--limit", "2")
     assert code == 0 and json.loads(out)["metrics"]["win_rate/even"]["count"] == 2, err
 

@@ -69,14 +69,13 @@ def test_the_shares_of_a_mixture_are_shown(rlhf, tmp_path: Path, model: str) -> 
 def test_what_a_run_would_refuse_is_told_before(rlhf, tmp_path: Path, model: str) -> None:
     rows = _write(tmp_path / "rows.jsonl", *[GOOD] * 40)
     given = ["--model", model, "--data", rows, "--output"]
-    for output, problem in ((rows, "is a file, not a directory"), (model, "is not empty, and not a run's directory")):
+    for output, problem in (
+        (rows, "is a file, not a directory; fix:"),
+        (model, "is not empty and not a run's directory, so"),
+    ):
         for command in ("validate", "train"):
             code, out, err = rlhf(command, "sft", *given, output, *["--dry-run"] * (command == "train"))
-            assert (
-                (code, out) == (7, "")
-                and err.startswith(f"error[io] {output}: {problem}; fix:")
-                and err.count("\n") == 1
-            )
+            assert (code, out) == (7, "") and err.startswith(f"error[io] {output}: {problem}") and err.count("\n") == 1
     code, _, err = rlhf("validate", "sft", *given, str(tmp_path / "run"), "--warmup-steps", "9")
     assert code == 2 and "the warm-up leaves no step for the learning rate itself; got 9 of 5 steps" in err
     lines = rlhf("validate", "sft", *given, str(tmp_path / "run"), "--batch-size", "64")[1].splitlines()
@@ -165,3 +164,9 @@ def test_where_the_data_decide_there_is_no_number_of_steps(tmp_path: Path, model
     assert not found.mistakes, found.mistakes.kept
     windows = registry.get("trainer", "grpo").windows_per_batch(checked.job.trainer())  # type: ignore[union-attr]
     assert found.steps == (None if windows is None else windows)
+
+
+def test_options_of_a_reward_are_not_taken_for_those_of_the_method(rlhf, tmp_path: Path, model: str) -> None:
+    rows = _write(tmp_path / "rows.jsonl", {"prompt": "a"})
+    code, _, err = rlhf("train", "grpo", "--model", model, "--data", rows, "--output", "o", "--rewards", "length")
+    assert code == 2 and "set `target`, `max_length`, or both" in err

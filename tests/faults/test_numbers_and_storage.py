@@ -64,7 +64,7 @@ def test_an_output_that_cannot_be_used_is_reported_before_the_model_loads(
     file.touch()
     expected = {
         run: "holds an earlier run; fix: `--resume` continues it, `--overwrite` replaces it",
-        full: "is not empty, and not a run's directory (`--resume` and `--overwrite` need one);"
+        full: "is not empty and not a run's directory, so it is neither continued nor removed; got thesis.tex;"
         " fix: choose an empty or a new directory",
         file: "is a file, not a directory; fix: choose another `output`",
     }

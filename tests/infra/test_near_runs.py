@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("run/sft-first", "did you mean `runs/sft-first`?"),
         ("runs/nope", "name one of the runs there: runs/dpo, runs/sft-first"),
         ("runs", "name one of the runs there: runs/dpo, runs/sft-first"),
-        ("pipe", "name one of the runs there: pipe/stages/01-sft"),
+        ("pipe", "did you mean `pipe/stages/01-sft`?"),
         ("pipe/01-sft", "did you mean `pipe/stages/01-sft`?"),
         ("elsewhere/x", None),
     ],
