@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.config.improvement_round import ImprovementConfig
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.pipeline.improve_stage import kept_rows
 
 SAMPLER = {"n": 2, "max_new_tokens": 6, "limit": 4}
@@ -87,3 +88,10 @@ def test_what_is_wrong_with_flaws_is_named(pipeline: Any, stage: dict[str, Any])
         with pytest.raises(Exception, match="recipe") as raised:
             pipeline({**stage, "flaws": flaws}).plan()
         assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(("group", "key"), [("sampler", "prompts"), ("sampler", "model"), ("train", "data")])
+def test_what_the_stage_sets_itself_is_refused(group: str, key: str) -> None:
+    method = {"sampler": "generate", "train": "sft"}[group]
+    with pytest.raises(ConfigError, match=f"`{key}` is set by the stage itself, and isn't an option of its `{group}`"):
+        ImprovementConfig.parse({"model": "m", "prompts": "p", group: {"method": method, key: "x"}})
