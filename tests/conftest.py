@@ -25,6 +25,17 @@ from rlhf_core.infra.log import LOGGER, SHIPPED, console  # noqa: E402
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+SLOW_CHECKS = {"test_every_option_does_something", "test_resume_of_a_stream_is_exact"}
+"""Of the contracts' checks those that take longest, a seventh of all tests' time; each method's tests have them."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if getattr(item, "originalname", None) in SLOW_CHECKS and getattr(item, "cls", None) is not None:
+            item.add_marker(pytest.mark.slow)
+
+
 Install = Callable[..., Path]
 
 

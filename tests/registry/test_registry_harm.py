@@ -816,6 +816,7 @@ def test_a_malformed_line_among_our_own_is_a_broken_plugin_beside_the_good_ones(
     good_ones_are_well()
 
 
+@pytest.mark.slow
 def test_a_table_that_breaks_the_imports_of_pydantic_and_torch_does_not_break_ours(install) -> None:
     root = install("odd", {}, rewards={})
     next(root.glob("*.dist-info/entry_points.txt")).write_text("[console_scripts]\nno equals sign\n")

@@ -104,6 +104,7 @@ FREE = {("optimizer",), ("ranks", 0, "trainer"), ("ranks", 0, "trainer", "window
 """What may be anything of its type; and the method's own state, which only the method knows."""
 
 
+@pytest.mark.slow
 def test_a_state_of_any_shape_falls_back(run: Path, tmp_path: Path) -> None:
     """Every value of `state.json` in turn becomes one of another type, under a hash that fits."""
 
