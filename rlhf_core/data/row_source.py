@@ -16,8 +16,11 @@ from rlhf_core.infra.errors import DataError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_MAGIC = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
+"""A file's first bytes → what kind of file it is."""
 _CHUNK = 1 << 20
 _LONGEST_LINE = 1 << 28
 
@@ -200,8 +203,6 @@ class TextFile(RowFile):
         try:
             return raw.decode("utf-8-sig" if begin == 0 else "utf-8")
         except UnicodeDecodeError as error:
-            if begin == 0 and raw.startswith(_UTF_16):
-                raise DataError("is UTF-16, not UTF-8", place=place, fix="save the file as UTF-8") from None
             kind = next((name for magic, name in _MAGIC.items() if begin == 0 and raw.startswith(magic)), None)
             raise DataError(
                 "not UTF-8",

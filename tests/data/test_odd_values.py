@@ -295,7 +295,7 @@ def test_lines_are_written_as_they_are_read(jsonl):
 def test_utf_16_is_called_so(tmp_path, encoding, name, text):
     path = tmp_path / name
     path.write_bytes(("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding))
-    assert fault(path) == f"{path}:1: is UTF-16, not UTF-8; fix: save the file as UTF-8"
+    assert fault(path) == f"{path}:1: not UTF-8; got a UTF-16 file; fix: save the file as UTF-8"
 
 
 def test_rows_of_token_ids_are_called_so():

@@ -195,7 +195,9 @@ def test_not_utf8_gives_the_byte_offset(jsonl):
 
 
 def test_utf16_is_not_utf8(jsonl):
-    assert "at offset 0" in str(fault(jsonl('{"a": 1}\n'.encode("utf-16"))))
+    assert "not UTF-8; got a UTF-16 file; fix: save the file as UTF-8" in str(
+        fault(jsonl('{"a": 1}\n'.encode("utf-16")))
+    )
 
 
 def test_byte_order_mark_and_crlf_are_fine(jsonl):
