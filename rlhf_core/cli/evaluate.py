@@ -95,17 +95,12 @@ def evaluate(
     before = None if compare is None else EvaluationReport.load(compare)
     rows = read_run_prompts(run)
     if directory is not None:
+        _check_directory(directory, [*run.prompts, *run.preferences])
+    if dry_run:
+        return _describe(run, rows, _state_of(directory, resume=resume, overwrite=overwrite))
+    if directory is not None:
         from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE, EVALUATED
 
-        if directory.is_file():
-            raise StorageError("is a file, not a directory", place=str(directory), fix="choose another `--output`")
-        check_apart(directory / COMPLETIONS_FILE, [*run.prompts, *run.preferences])
-    if dry_run:
-        state = (
-            "" if directory is None else output_state(directory / COMPLETIONS_FILE, resume=resume, overwrite=overwrite)
-        )
-        return _describe(run, rows, state)
-    if directory is not None:
         EVALUATED.check_output(directory / COMPLETIONS_FILE, resume=resume, overwrite=overwrite)
     report = _evaluated(_opened(run, rows), directory, resume=resume, overwrite=overwrite)
     return _print(report, before, directory, as_json=as_json)
@@ -119,6 +114,26 @@ def _file_and_flags(tokens: Sequence[str]) -> tuple[str | None, list[str]]:
         fix = "`rlhf evaluate --model M --prompts FILE`, or a .yaml file first"
         raise ConfigError("isn't an option, nor a YAML file", place="command line", got=f"`{tokens[0]}`", fix=fix)
     return tokens[0], list(tokens[1:])
+
+
+def _check_directory(directory: Path, inputs: Sequence[str]) -> None:
+    """Refuse an output that is a file, or that would replace a file which is read.
+
+    Raises:
+        StorageError: it is one. ConfigError: it would.
+    """
+    from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE
+
+    if directory.is_file():
+        raise StorageError("is a file, not a directory", place=str(directory), fix="choose another `--output`")
+    check_apart(directory / COMPLETIONS_FILE, inputs)
+
+
+def _state_of(directory: Path | None, *, resume: bool, overwrite: bool) -> str:
+    """Return what an evaluation would do with its output directory, as text; empty where it writes none."""
+    from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE
+
+    return "" if directory is None else output_state(directory / COMPLETIONS_FILE, resume=resume, overwrite=overwrite)
 
 
 def _refuse_for_tasks(given: Mapping[str, bool]) -> None:
