@@ -30,6 +30,7 @@ def test_a_healthy_installation_has_no_problems(capsys) -> None:
         assert text in out
 
 
+@pytest.mark.slow
 def test_no_name_is_broken_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")

@@ -146,6 +146,7 @@ def accuracy(sampler: BestOfNSampler) -> float:
     )
 
 
+@pytest.mark.slow
 def test_the_best_of_eight_by_a_verifier_and_by_a_reward_model(tmp_path: Path) -> None:
     """A policy that is wrong half of the time is right almost always, chosen by who knows."""
     from rlhf_plugins.trainers.reward_model import RewardModelConfig, RewardModelTrainer

@@ -82,6 +82,7 @@ def test_an_output_that_cannot_be_used_is_reported_before_the_model_loads(
     assert ended.code == 7 and ended.error.startswith(f"error[io] {output}: cannot read or write; got ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "after", "place", "method"),
     [

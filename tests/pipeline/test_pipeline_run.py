@@ -233,6 +233,7 @@ def as_if_killed_in(folder: Path, name: str, **fields: Any) -> None:
     (folder / "out/pipeline.json").write_text(json.dumps(values | {"status": "running"}))
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_eval_are_a_stage(pipeline: Any, recorded: Any, folder: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `lm-eval` isn't installed")
     (folder / "tasks").mkdir()

@@ -323,6 +323,7 @@ def test_rows_are_written_nowhere_without_an_output(folder: Path) -> None:
     assert not (folder / "output.data").exists()
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_eval_are_checked_too(folder: Path) -> None:
     stage = {"kind": "evaluate", "tasks": "sums", "limit": 0, "num_fewshto": 1, "validator": "length", "compare": "sft"}
     found = [str(one) for one in errors_of(SFT, stage)]
