@@ -381,8 +381,9 @@ class Run:
 
     def save(self) -> None:
         about = {"size": self.options.size, "device": self.options.device, "batch": self.options.batch}
-        write(self.output / "results.json", json.dumps(about | {"parts": self.results}, indent=1) + "\n")
+        # Whoever sees the results finds their summary, too.
         write(self.output / "summary.md", report(self.results))
+        write(self.output / "results.json", json.dumps(about | {"parts": self.results}, indent=1) + "\n")
 
 
 def parts_environment(options: argparse.Namespace, work: Path) -> dict[str, str]:
