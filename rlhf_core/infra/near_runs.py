@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf_core.infra.errors import either, nearest_names
@@ -23,6 +24,12 @@ def near_run(path: Path, *, pipelines: bool = False) -> str | None:
     Args:
         pipelines: whether directories of pipelines are meant, too.
     """
+    with suppress(OSError):  # of a folder that mustn't be read: a hint has no error of its own
+        return _near_run(path, pipelines)
+    return None
+
+
+def _near_run(path: Path, pipelines: bool) -> str | None:
     inside = [parent for parent in path.absolute().parents if _is_run(parent, pipelines)][:1]
     if inside and path.exists():
         return f"give the run's directory, {inside[0]}"

@@ -74,3 +74,11 @@ def test_every_command_that_takes_a_run_names_the_runs(
 def test_a_folder_of_runs_that_is_misspelt_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "run"]) == 2
     assert "did you mean runs?" in capsys.readouterr().err
+
+
+def test_a_folder_that_must_not_be_read_gives_no_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert near_run(tmp_path / "closed" / "run") is None
